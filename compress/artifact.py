@@ -1,0 +1,132 @@
+"""Turn finished blocks into a complete Hugging Face directory: config, weights, tokenizer, manifest, model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress.checkpoint import digest_files
+from compress.export.compressed_tensors import quantization_config
+from compress.manifest import Manifest
+from compress.skeleton import Skeleton
+from compress.stream import OUTER, Streamed, block_part
+from compress.writer import BlockStore, write_text
+
+_AUTO_MAP = {
+    "AutoConfig": "modeling_compress.CompressConfig",
+    "AutoModelForCausalLM": "modeling_compress.CompressForCausalLM",
+}
+
+
+def write_artifact(destination: Path, skeleton: Skeleton, streamed: Streamed, store: BlockStore, manifest: Manifest) -> Manifest:
+    """Assemble ``destination`` from a finished stage and return its completed manifest, whose file is written last."""
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.mkdir(parents=True)
+    checkpoint = skeleton.checkpoint
+    parts = [OUTER, *(block_part(i) for i in range(len(skeleton.blocks)))]
+    files = store.assemble(parts, destination)
+    write_text(destination / "config.json", json.dumps(artifact_config(skeleton, streamed), indent=2) + "\n")
+    checkpoint.copy_companions(destination)
+    if streamed.reshaped:
+        shutil.copyfile(Path(__file__).with_name("loader.py"), destination / "modeling_compress.py")
+    manifest = complete(manifest, skeleton, streamed)
+    manifest.nbytes = sum(file.stat().st_size for file in files)
+    manifest.weights_digest = digest_files(files)
+    manifest.write(destination)
+    return manifest
+
+
+def artifact_config(skeleton: Skeleton, streamed: Streamed) -> dict[str, Any]:
+    """``config.json``: the source's, with what its readers must know about quantization and changed modules."""
+    ours = ("quantization_config", "compress_modules", "base_model_type", "base_architectures")
+    checkpoint = skeleton.checkpoint
+    raw = checkpoint.raw_config
+    config = {key: value for key, value in raw.items() if key not in ours}
+    if raw.get("base_model_type"):
+        config.pop("auto_map", None)
+        config |= {"model_type": raw["base_model_type"], "architectures": raw.get("base_architectures")}
+    if streamed.reshaped:
+        config |= {
+            "model_type": "compress",
+            "architectures": ["CompressForCausalLM"],
+            "auto_map": _AUTO_MAP,
+            "base_model_type": checkpoint.base_model_type,
+            "base_architectures": config.get("architectures"),
+            "compress_modules": dict(sorted(streamed.reshaped.items())),
+        }
+    if streamed.quantized:
+        config["quantization_config"] = quantization_config(streamed.quantized, _dense_linears(skeleton, streamed))
+    return config
+
+
+def _dense_linears(skeleton: Skeleton, streamed: Streamed) -> list[str]:
+    """Linear modules of the artifact that are not packed, by the names that a reader sees."""
+    prefix = skeleton.arch.blocks + "."
+    names = [n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
+    for name in skeleton.linear_names():
+        low_rank = streamed.reshaped.get(name, {}).get("kind") == "low_rank"
+        names += [f"{name}.down", f"{name}.up"] if low_rank else [name]
+    return [name for name in names if name not in streamed.quantized]
+
+
+def complete(manifest: Manifest, skeleton: Skeleton, streamed: Streamed) -> Manifest:
+    """Fill in what the stage found: module records, tier and sizes."""
+    outer = [skeleton.checkpoint.meta(skeleton.outer_source(name)) for name in skeleton.outer_names()]
+    outer += [
+        skeleton.checkpoint.meta(skeleton.file_name(name))
+        for i in range(len(skeleton.blocks))
+        for name in skeleton.block_names(i)
+    ]
+    outer_numel = sum(tensor.numel() for tensor in outer)
+    outer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outer)
+    records = streamed.records.values()
+    return manifest.model_copy(
+        update={
+            "modules": streamed.records,
+            "tier": "shim" if streamed.reshaped else "native-quantized" if streamed.quantized else "native",
+            "parameters": outer_numel + sum(record.numel for record in records),
+            "dense_parameters": outer_numel + sum(record.shape[0] * record.shape[1] for record in records),
+            "ideal_nbytes": outer_bytes + sum(record.ideal_nbytes for record in records),
+        }
+    )
+
+
+def carry_records(streamed: Streamed, earlier: Manifest | None) -> None:
+    """Let a module's record name the passes of earlier stages and runs too."""
+    if earlier is None:
+        return
+    for name, record in streamed.records.items():
+        if name in earlier.modules:
+            before = earlier.modules[name]
+            record.passes = before.passes + record.passes
+            record.dense_nbytes = before.dense_nbytes
+            if record.weight_error is None:
+                record.weight_error, record.output_error = before.weight_error, before.output_error
+
+
+def write_card(directory: Path, manifest: Manifest, lines: list[str]) -> None:
+    """The model card: what was done, how to load it, what it measured."""
+    remote = ", trust_remote_code=True" if manifest.tier == "shim" else ""
+    tags = ["compress", *sorted({step.method for step in manifest.steps})]
+    front = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+    ]
+    if "/" in manifest.base and not Path(manifest.base).is_absolute() and not manifest.base.startswith("."):
+        front.append(f"base_model: {manifest.base}")
+    body = [
+        "---", "", f"# {Path(manifest.base).name}, compressed", "",
+        f"Made by `compress` from `{manifest.base}` with, in order: " + ", ".join(f"`{s.label}`" for s in manifest.steps) + ".",
+        "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{remote})',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", "", *lines, "",
+        "`recipe.yaml` repeats it, `compress_manifest.json` records every layer, `report.html` shows what it cost.", "",
+    ]  # fmt: skip
+    write_text(directory / "README.md", "\n".join(front + body))

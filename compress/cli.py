@@ -1,0 +1,253 @@
+"""The command line: a thin layer over the library. Exit codes: 0 done, 1 failed, 2 bad input, 3 a gate missed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.errors import BadInput, CompressError, GateMissed
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compress a Hugging Face causal language model: quantize, prune, factorise, distil, in any order; then prove it.",
+)
+
+Model = Annotated[str | None, typer.Argument(help="a checkpoint directory, a hub id, or `demo`", show_default=False)]
+Passes = Annotated[list[str] | None, typer.Argument(help="`name:key=value,key=value`, in order", show_default=False)]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="a YAML recipe, or the name of a preset")]
+CalibrationOption = Annotated[str | None, typer.Option(help=".txt, .jsonl, .parquet or hub dataset; default: bundled text")]
+Column = Annotated[str | None, typer.Option(help="the text's column in that data")]
+Samples = Annotated[int | None, typer.Option(help="calibration windows [128]")]
+Length = Annotated[int | None, typer.Option(help="tokens per window [512]")]
+Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated")]
+Include = Annotated[list[str] | None, typer.Option(help="directory of local lm-eval YAML tasks; repeatable")]
+Limit = Annotated[int | None, typer.Option(help="questions per task")]
+Seed = Annotated[int | None, typer.Option(help="seed of sampling and training [0]")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cpu]")]
+Dtype = Annotated[str | None, typer.Option(help="of forward passes: auto, float32, bfloat16, float16 [auto]")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="let the source run its own code")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="read pickled weights")]
+
+
+def _recipe(model: str | None, passes: list[str] | None, recipe: str | None, **options: Any) -> Any:
+    """The recipe of a command: a file or preset first, then what the command line says."""
+    from compress.recipe import Recipe
+
+    base = Recipe.load(recipe) if recipe else Recipe()
+    if recipe and passes:
+        raise BadInput("give passes on the command line or in --recipe, not both")
+    content = {name: getattr(base, name) for name in Recipe.model_fields}
+    if passes:
+        content["passes"] = passes
+    content["model"] = model or base.model
+    for group in ("calibration", "evaluation"):
+        own = {key: value for key, value in options.pop(group).items() if value is not None}
+        before = getattr(base, group)
+        if own and before is not None:
+            content[group] = type(before).model_validate(before.model_dump() | own)
+        elif own:
+            content[group] = own
+    content |= {key: value for key, value in options.items() if value is not None}
+    return Recipe.parse(content, recipe or "command line")
+
+
+def _split(tasks: str | None) -> tuple[str, ...] | None:
+    return tuple(filter(None, (task.strip() for task in tasks.split(",")))) if tasks is not None else None
+
+
+@app.command("run")
+def run_command(
+    model: Model = None, passes: Passes = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="output directory")] = None,
+    recipe: RecipeOption = None, calibration: CalibrationOption = None, column: Column = None, samples: Samples = None,
+    length: Length = None, tasks: Tasks = None, include: Include = None, limit: Limit = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="do not measure base and result")] = False,
+    seed: Seed = None, device: Device = None, dtype: Dtype = None, overwrite: Overwrite = False, as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    trust_remote_code: Trust = False, allow_pickle: Pickle = False,
+    min_recovery: Annotated[float | None, typer.Option(help="gate: share of the base's score that must be kept")] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="gate: largest weight files, such as 2.5GB")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="gate: largest mean divergence from the base, in nats")] = None,
+) -> None:  # fmt: skip
+    """Compress MODEL with PASSES into a directory that stock tools load; measure it; chart what it cost."""
+    from compress.gates import Gates, parse_bytes
+    from compress.pipeline import run
+    from compress.progress import Bar
+
+    settings = _recipe(
+        model, passes, recipe,
+        calibration={"data": calibration, "samples": samples, "length": length, "column": column},
+        evaluation={"tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None},
+        seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code or None, allow_pickle=allow_pickle or None,
+    )  # fmt: skip
+    if no_eval:
+        settings = settings.model_copy(update={"evaluation": None})
+    gates = Gates(min_recovery=min_recovery, max_bytes=parse_bytes(max_bytes) if max_bytes else None, max_kl=max_kl)
+    with Bar("compress", enabled=not quiet) as bar:
+        result = run(settings, out=out, overwrite=overwrite, progress=bar, gates=gates)
+    if as_json:
+        typer.echo(json.dumps(result.summary()))
+    else:
+        for line in result.lines():
+            typer.echo(line)
+
+
+@app.command("plan")
+def plan_command(
+    model: Model = None, passes: Passes = None, recipe: RecipeOption = None, calibration: CalibrationOption = None,
+    column: Column = None, samples: Samples = None, length: Length = None, tasks: Tasks = None, include: Include = None,
+    limit: Limit = None, seed: Seed = None, device: Device = None, dtype: Dtype = None, as_json: Json = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="ignored: a plan writes nothing")] = None,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="ignored: a plan measures nothing")] = False,
+    trust_remote_code: Trust = False, allow_pickle: Pickle = False,
+) -> None:  # fmt: skip
+    """Say what a run would do, before any compute: layers, stages, bytes, tier, memory, time."""
+    from compress.pipeline import plan
+
+    settings = _recipe(
+        model, passes, recipe,
+        calibration={"data": calibration, "samples": samples, "length": length, "column": column},
+        evaluation={"tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None},
+        seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code or None, allow_pickle=allow_pickle or None,
+    )  # fmt: skip
+    found = plan(settings)
+    typer.echo(found.model_dump_json() if as_json else "\n".join(found.lines()))
+
+
+@app.command("methods")
+def methods_command(
+    markdown: Annotated[bool, typer.Option("--markdown", help="the table of the README")] = False,
+) -> None:
+    """Show the taxonomy tree with every method, its options and defaults."""
+    from compress import methods
+
+    typer.echo(methods.markdown() if markdown else methods.tree())
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="an artifact or any checkpoint")],
+    base: Annotated[str | None, typer.Option(help="compare with this base model [the artifact's own, where it is found]")] = None,
+    tasks: Tasks = None, include: Include = None, limit: Limit = None, device: Device = None, dtype: Dtype = None,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="write metrics.json and report.html there")] = None,
+) -> None:  # fmt: skip
+    """Measure any artifact or checkpoint: tasks, divergence from its base, size and speed."""
+    from compress.evaluation import evaluate_artifact
+    from compress.progress import Bar
+    from compress.recipe import Evaluation
+
+    settings = Evaluation(tasks=_split(tasks) or (), include=tuple(include or ()), limit=limit)
+    with Bar("eval") as bar:
+        report = evaluate_artifact(model, base, settings, device or "cpu", dtype or "auto", out, bar)
+    if as_json:
+        typer.echo(report.model_dump_json())
+        return
+    for metrics in (report.base, *report.points):
+        scores = ", ".join(f"{name} {score.primary} {score.value:.4g}" for name, score in metrics.tasks.items())
+        divergence = f", KL {metrics.fidelity.kl_mean:.4g}" if metrics.fidelity else ""
+        typer.echo(f"{metrics.label}: {metrics.cost.bytes_on_disk:,} bytes, {scores}{divergence}")
+
+
+@app.command("chart")
+def chart_command(
+    artifacts: Annotated[list[Path], typer.Argument(help="artifacts, or metrics.json files, of one base model")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="directory for report.html, chart.svg and chart.png")] = Path("report"),
+) -> None:
+    """Put the measurements of many runs into one chart and report."""
+    from compress.evaluation import chart_artifacts
+
+    typer.echo(str(chart_artifacts(artifacts, out)))
+
+
+@app.command("verify")
+def verify_command(
+    artifact: Annotated[Path, typer.Argument(help="an artifact")],
+    device: Device = None, as_json: Json = False,
+    full: Annotated[bool, typer.Option("--full", help="open it with stock transformers whatever its size")] = False,
+) -> None:  # fmt: skip
+    """Reload an artifact in a fresh process: digests, structure, and logits must be what its manifest says."""
+    from compress.verify import verify_artifact
+
+    found = verify_artifact(artifact, device=device or "cpu", full=full or None)
+    typer.echo(found.model_dump_json() if as_json else "\n".join(found.lines(artifact)))
+
+
+@app.command("export")
+def export_command(
+    artifact: Annotated[Path, typer.Argument(help="an artifact")],
+    to: Annotated[str, typer.Option("--to", help="format: dense")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="output directory")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an artifact in another format."""
+    from compress import export
+
+    typer.echo(str(export.to(to, artifact, out, overwrite=overwrite)))
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("-o", "--out", help="output directory")] = Path("compress-demo"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress the bundled model in a dozen ways and chart size against accuracy; minutes on two CPU cores."""
+    from compress.demo.tour import tour
+    from compress.progress import Bar
+
+    with Bar("demo", enabled=not quiet) as bar:
+        report = tour(out, bar)
+    if as_json:
+        typer.echo(json.dumps({"report": str(report)}))
+    else:
+        typer.echo(f"Open {report}")
+
+
+@app.callback()
+def _options(verbose: Annotated[bool, typer.Option("--verbose", help="log what happens to stderr")] = False) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
+    for noisy in ("httpx", "datasets", "fsspec", "torch.distributed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def main() -> None:
+    """Entry point of the ``compress`` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=True)
+    except GateMissed as error:
+        _fail("gate missed", error, 3)
+    except BadInput as error:
+        _fail("error", error, 2)
+    except CompressError as error:
+        _fail("failed", error, 1)
+    except OSError as error:
+        if error.errno == 28:
+            _fail(
+                "error",
+                f"the disk is full ({error.filename or 'no space left'}); free some and run the same command to resume",
+                2,
+            )
+        raise
+    except KeyboardInterrupt:
+        _fail("interrupted", "run the same command again to resume", 130)
+
+
+def _fail(kind: str, message: object, code: int) -> None:
+    typer.echo(f"{kind}: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

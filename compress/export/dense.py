@@ -1,0 +1,63 @@
+"""Write an artifact as a plain dense checkpoint: factors multiplied out, grids unpacked, masks as zeros.
+
+Every tool loads the result, and it computes what the artifact computes up to rounding; only the size is given up.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from compress.checkpoint import Checkpoint
+from compress.errors import BadInput
+from compress.skeleton import Skeleton
+from compress.stream import OUTER, block_part
+from compress.workspace import Workspace
+from compress.writer import BlockStore, write_text
+
+
+@torch.no_grad()
+def export(source: Path, out: Path, *, overwrite: bool = False) -> Path:
+    """Write the dense equivalent of ``source`` into ``out``, block by block. Raises BadInput where ``out`` exists."""
+    checkpoint = Checkpoint(source)
+    if out.resolve() == source.resolve():
+        raise BadInput(f"{out}: the export would replace its own source")
+    skeleton = Skeleton(checkpoint)
+    skeleton.check()
+    with Workspace(out, f"dense-{checkpoint.digest}", overwrite) as workspace:
+        workspace.check_space(2 * 4 * sum(p.numel() for p in skeleton.model.parameters()))
+        store = BlockStore(workspace.directory / "blocks")
+        parts = [OUTER, *(block_part(i) for i in range(len(skeleton.blocks)))]
+        for index in range(len(skeleton.blocks)):
+            if not store.done(block_part(index)):
+                store.write(block_part(index), _dense_block(skeleton, index), {})
+        store.write(OUTER, {n: checkpoint.tensor(skeleton.outer_source(n)) for n in skeleton.outer_names()}, {})
+        artifact = workspace.directory / "artifact"
+        artifact.mkdir(exist_ok=True)
+        store.assemble(parts, artifact)
+        write_text(artifact / "config.json", json.dumps(_config(checkpoint), indent=2) + "\n")
+        checkpoint.copy_companions(artifact)
+        workspace.publish(artifact, out)
+    return out
+
+
+def _dense_block(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for local, weight in skeleton.read_weights(index).items():
+        values = weight.dense()
+        tensors[f"{skeleton.module_name(index, local)}.weight"] = values.T if skeleton.is_conv1d(local) else values
+    for name in skeleton.block_names(index):
+        tensors[name] = skeleton.checkpoint.tensor(skeleton.file_name(name))
+    return tensors
+
+
+def _config(checkpoint: Checkpoint) -> dict:
+    raw = dict(checkpoint.raw_config)
+    for key in ("quantization_config", "compress_modules"):
+        raw.pop(key, None)
+    if base := raw.pop("base_model_type", None):
+        raw.pop("auto_map", None)
+        raw |= {"model_type": base, "architectures": raw.pop("base_architectures", None)}
+    return raw

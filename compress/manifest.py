@@ -1,0 +1,113 @@
+"""The artifact's account of itself: lineage, digests, seeds, versions, and what each module has become.
+
+Written by the engine, never by a pass, and free of times and paths, so that a resumed run writes the same bytes as an
+undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from compress.errors import BadInput
+
+FILE = "compress_manifest.json"
+
+
+class Step(BaseModel):
+    """One pass that was applied. label: as on the command line. stage: passes of one stage shared one stream."""
+
+    method: str
+    label: str
+    taxon: str
+    paper: str
+    settings: dict[str, Any]
+    stage: int
+
+
+class ModuleRecord(BaseModel):
+    """What one linear layer has become. Errors are relative to its weight at the start of the stage that last changed it:
+    ``weight_error`` = |dW|^2 / |W|^2, ``output_error`` the same in the norm of the calibration inputs (None: not measured)."""
+
+    kind: str
+    shape: tuple[int, int]
+    passes: list[str] = []
+    bits: int | None = None
+    group_size: int | None = None
+    rank: int | None = None
+    sparsity: float | None = None
+    masked: list[str] = []
+    weight_error: float | None = None
+    output_error: float | None = None
+    nbytes: int
+    ideal_nbytes: float
+    dense_nbytes: int
+    numel: int
+
+
+class Manifest(BaseModel):
+    """See the module's docstring. masked lists below are names of matrices (layers or factors) with removed weights."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: int = 1
+    base: str
+    base_digest: str
+    parent: str | None = None
+    parent_digest: str | None = None
+    steps: list[Step] = []
+    calibration: dict[str, Any] = {}
+    seed: int = 0
+    compute_dtype: str = "float32"
+    versions: dict[str, str] = {}
+    tier: str = "native"
+    modules: dict[str, ModuleRecord] = {}
+    parameters: int = 0
+    dense_parameters: int = 0
+    nbytes: int = 0
+    ideal_nbytes: float = 0
+    weights_digest: str | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest | None:
+        """The manifest of an artifact, or None for a checkpoint that is not one."""
+        file = directory / FILE
+        if not file.exists():
+            return None
+        try:
+            return cls.model_validate_json(file.read_text())
+        except ValueError as error:
+            raise BadInput(f"{file}: damaged manifest: {error}") from None
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into ``directory``."""
+        (directory / FILE).write_text(json.dumps(self.model_dump(mode="json", exclude_none=True), indent=1) + "\n")
+
+    def is_masked(self, matrix: str) -> bool:
+        """Whether weights of that matrix were removed for good; its zeros are the mask."""
+        owner = self.modules.get(matrix) or self.modules.get(matrix.rpartition(".")[0])
+        return owner is not None and matrix in owner.masked
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in (
+        "compress-lm",
+        "torch",
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "compressed-tensors",
+        "lm_eval",
+    ):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

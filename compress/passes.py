@@ -1,0 +1,187 @@
+"""The kinds of pass, and what a pass declares to the engine.
+
+A pass is a frozen pydantic object: the instance *is* its configuration, so a recipe, a command line and a Python call all
+build the same thing and unknown keys are errors. A pass never touches files, devices or hooks: it declares what it needs
+and maps tensors to tensors, and the engine (``stream.py``, ``train.py``) does the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
+
+from compress.weights import Weight
+
+if TYPE_CHECKING:
+    from compress.stats import LinearStats
+
+
+class Taxon(str, Enum):
+    """Leaves of the "Model Compression" branch of "Efficient Large Language Models: A Survey" (2312.03863)."""
+
+    WEIGHT_ONLY = "quantization / post-training / weight-only"
+    WEIGHT_ACTIVATION = "quantization / post-training / weight-activation"
+    QAT = "quantization / quantization-aware training"
+    STRUCTURED = "parameter pruning / structured"
+    UNSTRUCTURED = "parameter pruning / unstructured"
+    LOW_RANK = "low-rank approximation"
+    WHITE_BOX = "knowledge distillation / white-box"
+    BLACK_BOX = "knowledge distillation / black-box"
+    SHARING = "parameter sharing"
+
+
+class Needs(NamedTuple):
+    """What a pass asks the engine for, before any compute.
+
+    stats: names of :class:`compress.stats.LinearStats` sums ("sqnorm", "absmax", "hessian", "covariance").
+    teacher: whether a :class:`TrainPass` is given the logits of the uncompressed model.
+    """
+
+    stats: frozenset[str] = frozenset()
+    teacher: bool = False
+
+
+class Pass(BaseModel):
+    """Configuration and behaviour of one compression step; see :class:`LinearPass` and :class:`TrainPass`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    taxon: ClassVar[Taxon]
+    paper: ClassVar[str]
+    needs: ClassVar[Needs] = Needs()
+
+    @classmethod
+    def method(cls) -> str:
+        """The method's name: that of the file that defines it, which is also its key in recipes."""
+        return cls.__module__.rpartition(".")[2]
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as plain JSON values."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def label(self) -> str:
+        """The pass as the command line writes it, ``name:key=value,key=value``."""
+        pairs = ",".join(f"{key}={format_value(value)}" for key, value in self.settings().items())
+        return f"{self.method()}:{pairs}" if pairs else self.method()
+
+
+def format_value(value: object) -> str:
+    """Write a field as the command line reads it: lists joined by ``+``, truth values in lower case."""
+    if isinstance(value, list | tuple):
+        return "+".join(str(item) for item in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class LinearPass(Pass):
+    """A pass that rewrites one linear layer at a time.
+
+    targets, skip: shell patterns over full module names (``model.layers.0.mlp.up_proj``) or their last parts (``up_proj``);
+    a layer is compressed when a target matches and no skip does.
+    """
+
+    factorises: ClassVar[bool] = False
+    """True: the pass is given the whole matrix and returns factors, giving up an earlier mask or grid.
+    False: the pass is applied to each factor of a low-rank layer, and keeps masks and ranks."""
+
+    targets: tuple[str, ...] = ("*",)
+    skip: tuple[str, ...] = ("lm_head",)
+
+    @field_validator("targets", "skip", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return tuple(value.split("+")) if isinstance(value, str) else value
+
+    @property
+    def sequential(self) -> bool:
+        """Whether statistics are re-measured after each input group of a block (q/k/v, then o, ...)."""
+        return False
+
+    def matches(self, name: str) -> bool:
+        """Whether this pass compresses the linear layer of that full name."""
+        return _matches_any(name, self.targets) and not _matches_any(name, self.skip)
+
+    def linear(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
+        """Compress one matrix.
+
+        weight: (out, in) in its storage dtype, floating point; compute in float32 or more, return in this dtype.
+        stats: sums over the calibration tokens of this layer's inputs; only what ``needs`` names may be read.
+        mask: (out, in) bool or None; False marks a weight that an earlier pass removed: it is zero and must stay zero.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
+        """What :meth:`linear` would return, with meta tensors of the right shapes and dtypes: `plan` sizes it unseen."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class Signal(NamedTuple):
+    """What a model says about a batch, before its logits exist: they are big, and a loss computes them piece by piece.
+
+    hidden: (tokens, d) final hidden states. head: hidden states to logits, (tokens, d) -> (tokens, vocabulary).
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+class TrainPass(Pass):
+    """A pass that trains what is left of the model: a loss; ``train.py`` runs the loop.
+
+    steps: optimiser steps (AdamW). batch_size: sequences per step.
+    accumulate: equal parts in which a step's batch is computed, one after the other, to fit in memory.
+    length: tokens per sequence; None: the calibration's. data: what to train on, named as calibration data is; None: the
+    calibration's.
+    learning_rate: peak of a cosine schedule that is reached after ``warmup`` of the steps. A weight moves by about this
+    much a step; the scale of a b-bit grid by 2**(1-b) of it, because the largest code multiplies the move.
+    weight_decay: of dense matrices and factors only. gradient_clip: largest norm of all gradients together.
+    trains: "weights": the blocks' linear layers in the form they have (kept values, factors, scales of grids; masks,
+    ranks, codes and zero points stay); "blocks": norms and biases too; "everything": embeddings and output head too.
+    """
+
+    steps: int = Field(200, ge=1)
+    batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1)
+    length: int | None = Field(None, ge=2)
+    data: str | None = None
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    trains: Literal["weights", "blocks", "everything"] = "blocks"
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> TrainPass:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+        return self
+
+    def learning_rate_at(self, index: int) -> float:
+        """Learning rate of the step with that index: a linear warm-up to the peak, then half a cosine towards 0."""
+        n_warmup = int(self.warmup * self.steps)
+        if index < n_warmup:
+            return self.learning_rate * (index + 1) / n_warmup
+        return self.learning_rate * (1 + math.cos(math.pi * (index - n_warmup) / (self.steps - n_warmup))) / 2
+
+    def loss(self, student: Signal, teacher: Signal | None, targets: Tensor) -> Tensor:
+        """The scalar to minimise: a mean over the tokens of one part of a batch.
+
+        student, teacher: their signals at the same tokens; only the student's takes gradients, and the teacher's is
+        None unless ``needs`` asks for it. targets: (tokens,) int64, the token that follows each.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+
+def _matches_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern) for pattern in patterns)
+
+
+def no_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask, or an all-true one of the weight's shape where there is none."""
+    return torch.ones_like(weight, dtype=torch.bool) if mask is None else mask

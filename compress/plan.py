@@ -1,0 +1,191 @@
+"""Say what a run will do before it does it: matched layers, stages, bytes, tier, memory, time.
+
+Sizes are exact up to the length of file headers: every pass outlines its result with meta tensors. Memory and time are
+estimates, the latter from the machine's own speed at a matrix product.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from pydantic import BaseModel
+
+from compress.checkpoint import Checkpoint
+from compress.export.compressed_tensors import check_readable
+from compress.loader import linear_shape
+from compress.passes import LinearPass, Pass, TrainPass
+from compress.skeleton import Skeleton, shape_kind
+from compress.stats import LinearStats
+from compress.stream import apply, matrices
+from compress.weights import LowRank, Quantized, Weight
+
+_HEADER_BYTES_PER_TENSOR = 80
+_FORWARD_TOKENS = 4096
+
+
+class PlannedPass(BaseModel):
+    """matched of total linear layers (a training pass trains them all)."""
+
+    label: str
+    taxon: str
+    matched: int
+    total: int
+    stage: int
+
+
+class Plan(BaseModel):
+    """What a run will do. source_bytes, predicted_bytes: of weight files. peak_bytes: memory beyond the imports;
+    seconds: without evaluation; both estimates."""
+
+    model: str
+    architecture: str
+    passes: list[PlannedPass]
+    stages: int
+    source_bytes: int
+    predicted_bytes: int
+    tier: str
+    warnings: list[str]
+    peak_bytes: int
+    seconds: float
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        found = [f"{self.model} ({self.architecture}), {self.source_bytes:,} bytes"]
+        for step in self.passes:
+            found.append(f"  stage {step.stage + 1}: {step.label}  [{step.taxon}]  {step.matched} of {step.total} linear layers")
+        found += [f"  warning: {warning}" for warning in self.warnings]
+        share = self.predicted_bytes / self.source_bytes
+        found.append(f"predicted: {self.predicted_bytes:,} bytes on disk ({share:.1%} of the source), tier {self.tier}")
+        found.append(
+            f"estimated: peak memory {self.peak_bytes / 1e9:.2f} GB beyond imports, {self.seconds:.0f} s before evaluation"
+        )
+        return found
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    name: str,
+    stages: Sequence[Sequence[Pass]],
+    *,
+    samples: int,
+    length: int,
+    dtype: torch.dtype,
+) -> Plan:
+    """Plan ``stages`` (passes grouped as the pipeline runs them). Raises BadInput for a result that no reader would open."""
+    skeleton = Skeleton(checkpoint)
+    names = skeleton.linear_names()
+    passes = [step for stage in stages for step in stage]
+    weights, warnings = _outline(skeleton, [step for step in passes if isinstance(step, LinearPass)])
+    quantized = {m: w for n, weight in weights.items() for m, w in matrices(n, weight) if isinstance(w, Quantized)}
+    check_readable(quantized)
+    reshaped = [n for n, weight in weights.items() if shape_kind(weight, skeleton.is_conv1d(_local(n, skeleton)))]
+    return Plan(
+        model=name,
+        architecture=checkpoint.base_model_type,
+        passes=[
+            PlannedPass(
+                label=step.label(), taxon=step.taxon.value, total=len(names), stage=index,
+                matched=sum(map(step.matches, names)) if isinstance(step, LinearPass) else len(names),
+            )
+            for index, stage in enumerate(stages) for step in stage
+        ],
+        stages=len(stages),
+        source_bytes=checkpoint.nbytes,
+        predicted_bytes=_file_bytes(skeleton, weights),
+        tier="shim" if reshaped else "native-quantized" if quantized else "native",
+        warnings=warnings,
+        peak_bytes=max((_stage_peak(skeleton, stage, samples, length, dtype) for stage in stages), default=0),
+        seconds=sum(_stage_operations(skeleton, stage, samples * length) for stage in stages) / operations_per_second(dtype),
+    )  # fmt: skip
+
+
+def _local(name: str, skeleton: Skeleton) -> str:
+    return name.removeprefix(skeleton.arch.blocks + ".").partition(".")[2]
+
+
+def _outline(skeleton: Skeleton, passes: Sequence[LinearPass]) -> tuple[dict[str, Weight], list[str]]:
+    weights: dict[str, Weight] = {}
+    given_up: dict[str, int] = {}
+    for name in skeleton.linear_names():
+        weight = skeleton.checkpoint.weight(name, conv1d=skeleton.is_conv1d(_local(name, skeleton)), meta=True)
+        for step in passes:
+            if step.matches(name):
+                before, stats = weight, LinearStats(weight.shape[1], (), "meta")
+                weight = apply(step, before, stats, outline=True)
+                if step.factorises and isinstance(weight, LowRank) and not isinstance(before, LowRank):
+                    lost = "mask" if before.mask is not None else "grid" if isinstance(before, Quantized) else None
+                    if lost:
+                        key = f"{step.label()} gives up the {lost} that an earlier pass made: its factors are dense"
+                        given_up[key] = given_up.get(key, 0) + 1
+        weights[name] = weight
+    return weights, [f"{message} ({count} layers)" for message, count in given_up.items()]
+
+
+def _file_bytes(skeleton: Skeleton, weights: dict[str, Weight]) -> int:
+    checkpoint = skeleton.checkpoint
+    others = skeleton.outer_names() + [
+        skeleton.file_name(n) for i in range(len(skeleton.blocks)) for n in skeleton.block_names(i)
+    ]
+    total = 0
+    for name in others:
+        tensor = checkpoint.meta(skeleton.outer_source(name))
+        total += tensor.numel() * tensor.element_size() + _HEADER_BYTES_PER_TENSOR + len(name)
+    for name, weight in weights.items():
+        total += weight.nbytes
+        for module, matrix in matrices(name, weight):
+            n_tensors = 1 if not isinstance(matrix, Quantized) else 3 + (matrix.zero_point is not None)
+            total += n_tensors * (_HEADER_BYTES_PER_TENSOR + len(module) + 7)
+    return total
+
+
+def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int, dtype: torch.dtype) -> int:
+    shapes = _block_shapes(skeleton)
+    block = sum(rows * columns for rows, columns in shapes.values())
+    if isinstance(stage[0], TrainPass):  # master weights, gradients, two moments; the teacher
+        step = stage[0]
+        total = skeleton.checkpoint.nbytes // 2
+        activations = 34 * step.batch_size * (step.length or length) * max(columns for _, columns in shapes.values())
+        return 4 * total * (4 + step.needs.teacher) + 4 * activations * len(skeleton.blocks)
+    needs = frozenset().union(*(step.needs.stats for step in stage))
+    hidden = skeleton.checkpoint.config.hidden_size
+    activations = min(samples * length * hidden * dtype.itemsize, 1 << 29) if needs else 0
+    width = max(max(shape) for shape in shapes.values())
+    forward = 6 * _FORWARD_TOKENS * width * dtype.itemsize if needs else 0
+    inputs = {group: shapes[group[0]][1] for group in skeleton.arch.groups}
+    per_entry = 8 if "covariance" in needs else 4 if "hessian" in needs else 0
+    statistics = per_entry * sum(n * n for n in inputs.values())
+    solver = (3 * per_entry * max(inputs.values()) ** 2) + 4 * 4 * max(rows * columns for rows, columns in shapes.values())
+    return block * dtype.itemsize + activations + forward + statistics + solver
+
+
+def _stage_operations(skeleton: Skeleton, stage: Sequence[Pass], tokens: int) -> float:
+    shapes = _block_shapes(skeleton)
+    block = sum(rows * columns for rows, columns in shapes.values())
+    if isinstance(stage[0], TrainPass):
+        step = stage[0]
+        seen = step.steps * step.batch_size * (step.length or 512)
+        return len(skeleton.blocks) * 2.0 * block * seen * (3 + step.needs.teacher)
+    needs = frozenset().union(*(step.needs.stats for step in stage))
+    per_token = 4.0 * block if needs else 0.0
+    if needs & {"hessian", "covariance"}:
+        per_token += sum(shapes[group[0]][1] ** 2 for group in skeleton.arch.groups)
+    solve = (
+        sum(4.0 * rows * columns**2 for rows, columns in shapes.values()) if needs & {"hessian", "covariance"} else 20.0 * block
+    )
+    return len(skeleton.blocks) * (per_token * tokens + solve * len(stage))
+
+
+def _block_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+    return {local: linear_shape(skeleton.blocks[0].get_submodule(local)) for local in skeleton.arch.linears}
+
+
+def operations_per_second(dtype: torch.dtype) -> float:
+    """Speed of a matrix product on this machine's CPU, from one that takes milliseconds."""
+    matrix = torch.randn(512, 512).to(dtype)
+    torch.mm(matrix, matrix)
+    start = time.perf_counter()
+    for _ in range(4):
+        torch.mm(matrix, matrix)
+    return 4 * 2 * 512**3 / max(time.perf_counter() - start, 1e-6)

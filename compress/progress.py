@@ -1,0 +1,40 @@
+"""How a run tells where it is: a callable (done, total, message). Silent in Python, bars on stderr on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+Progress = Callable[[int, int, str], None]
+
+
+def silent(done: int, total: int, message: str) -> None:
+    """Report nothing."""
+
+
+class Bar:
+    """A rich progress bar on stderr; falls back to nothing where stderr is no terminal and rich shows none."""
+
+    def __init__(self, title: str = "", enabled: bool = True):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=Console(stderr=True), transient=True, disable=not enabled,
+        )  # fmt: skip
+        self._title = title
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        self._task = self._bar.add_task(self._title, total=1)
+        return self
+
+    def __call__(self, done: int, total: int, message: str) -> None:
+        """Show ``done`` of ``total`` and what is happening."""
+        label = f"{self._title}  {message}" if self._title else message
+        self._bar.update(self._task, completed=done, total=total, description=label)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()

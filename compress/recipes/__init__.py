@@ -1,0 +1,1 @@
+"""Preset recipes; ``--recipe NAME`` on the command line."""

@@ -1,0 +1,272 @@
+"""A model without weights, filled one block at a time.
+
+The module tree is built on the meta device from the configuration alone. The model's *own* forward runs over blocks that
+were replaced by probes: it makes the embeddings, masks and rotary tables that each block is to be called with, and later
+the logits from the last block's output. So no architecture's forward is written again here, nor caught by an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.arch import Architecture
+from compress.checkpoint import Checkpoint
+from compress.errors import BadInput
+from compress.loader import LowRankLinear, linear_shape, reshape_module
+from compress.weights import LowRank, Masked, Quantized, Weight
+
+
+class _Probe(nn.Module):
+    """Stands in for a block: remembers how it was called and passes its input, or a given output, on."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not a child: its weights are none of the probe's business
+        self.arguments: tuple[tuple, dict] = ((), {})
+        self.seen: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.arguments, self.seen = (args, kwargs), hidden_states
+        return hidden_states if self.output is None else self.output
+
+
+class Skeleton:
+    """A causal LM on the meta device. blocks: its decoder blocks; linears: names, inside a block, of its linear layers."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self.arch: Architecture = checkpoint.arch
+        self.model: Any = build_empty(checkpoint)
+        self.blocks: nn.ModuleList = self.model.get_submodule(self.arch.blocks)  # type: ignore[assignment]
+        self._conv1d = {n for n in self.arch.linears if type(self.blocks[0].get_submodule(n)).__name__ == "Conv1D"}
+        matrices = {f"{local}.weight" for local in self.arch.linears}
+        self._block_names = [[name for name in block.state_dict() if name not in matrices] for block in self.blocks]
+        self.block_arguments: list[tuple[tuple, dict]] = []
+        self.tied = set(dict(self.model.named_parameters(remove_duplicate=False))) - set(dict(self.model.named_parameters()))
+
+    def module_name(self, index: int, local: str) -> str:
+        """Full name of a linear layer of a block."""
+        return f"{self.arch.blocks}.{index}.{local}"
+
+    def linear_names(self) -> list[str]:
+        """Full names of all compressible linear layers, in order."""
+        return [self.module_name(i, local) for i in range(len(self.blocks)) for local in self.arch.linears]
+
+    def is_conv1d(self, local: str) -> bool:
+        """Whether the architecture itself stores that layer as (in, out)."""
+        return local in self._conv1d
+
+    def outer_names(self) -> list[str]:
+        """Tensors that belong to no block: embeddings, final norm, head (left out where it is tied)."""
+        prefix = self.arch.blocks + "."
+        names = [name for name, _ in self.model.named_parameters() if not name.startswith(prefix)]
+        persistent = self.model.state_dict()
+        names += [name for name, _ in self.model.named_buffers() if name in persistent and not name.startswith(prefix)]
+        return names
+
+    def block_names(self, index: int) -> list[str]:
+        """Full names of a block's tensors outside its linear layers' matrices: norms and biases."""
+        return [f"{self.arch.blocks}.{index}.{name}" for name in self._block_names[index]]
+
+    def file_name(self, name: str) -> str:
+        """Where a block's bias is kept: that of a low-rank layer lies on its ``up`` factor."""
+        module, _, leaf = name.rpartition(".")
+        if leaf == "bias" and name not in self.checkpoint and f"{module}.up.bias" in self.checkpoint:
+            return f"{module}.up.bias"
+        return name
+
+    def check(self) -> None:
+        """Raise :class:`BadInput` where the checkpoint lacks tensors or has them in other shapes than its config says."""
+        modules = set(self.linear_names())
+        direct = set(self.outer_names()) | {self.file_name(n) for i in range(len(self.blocks)) for n in self.block_names(i)}
+        self.checkpoint.check_complete({self.outer_source(n) for n in direct}, modules)
+        for index in range(len(self.blocks)):
+            for local in self.arch.linears:
+                name = self.module_name(index, local)
+                expected = linear_shape(self.blocks[index].get_submodule(local))
+                weight = self.checkpoint.weight(name, conv1d=self.is_conv1d(local), meta=True)
+                if weight.shape != expected and not isinstance(weight, Quantized | Masked):
+                    raise BadInput(f"{name}: the file holds a matrix of {weight.shape}, config.json asks for {expected}")
+        for name in self.outer_names():
+            shape, found = tuple(self._outer(name).shape), tuple(self.checkpoint.meta(self.outer_source(name)).shape)
+            if found != shape:
+                raise BadInput(f"{name}: the file holds a tensor of {found}, config.json asks for {shape}")
+
+    def outer_source(self, name: str) -> str:
+        """The file's tensor for an outer parameter; a tied embedding may be stored under its head's name only."""
+        if name in self.checkpoint:
+            return name
+        shared = (other for other in sorted(self.tied) if self._outer(other) is self._outer(name) and other in self.checkpoint)
+        return next(shared, name)
+
+    def read_weights(self, index: int) -> dict[str, Weight]:
+        """The linear weights of a block by local name, as the checkpoint holds them."""
+        return {
+            local: self.checkpoint.weight(self.module_name(index, local), conv1d=self.is_conv1d(local))
+            for local in self.arch.linears
+        }
+
+    def load_block(self, index: int, weights: dict[str, Weight]) -> nn.Module:
+        """Fill block ``index`` with its norms, biases and the given linear weights (by local name), ready to run."""
+        block, prefix = self.blocks[index], f"{self.arch.blocks}.{index}."
+        for local, weight in weights.items():
+            self.install(block, local, weight)
+        linears = tuple(f"{local}." for local in self.arch.linears)
+        for name, value in list(block.state_dict(keep_vars=True).items()):
+            if name.startswith(linears) and not name.endswith("bias"):
+                continue
+            source = name.replace(".up.bias", ".bias") if name.startswith(linears) else name
+            tensor = self.checkpoint.tensor(self.file_name(prefix + source))
+            _assign(block, name, tensor.to(self.device, self.dtype), isinstance(value, nn.Parameter))
+        for name, buffer in block.named_buffers():
+            if buffer.device != self.device:
+                _assign(block, name, buffer.to(self.device), False)
+        return block.eval()
+
+    def install(self, block: nn.Module, local: str, weight: Weight) -> None:
+        """Make the block's linear layer ``local`` compute with ``weight``; its bias is kept."""
+        module = block.get_submodule(local)
+        kind = shape_kind(weight, type(module).__name__ == "Conv1D")
+        if kind is not None and not (kind["kind"] == "low_rank" and _rank(module) == kind["rank"]):
+            bias = _bias(module)
+            if isinstance(module, LowRankLinear):
+                raise RuntimeError(f"{local}: a low-rank layer cannot change its rank in place")
+            with torch.device("meta"):
+                module = reshape_module(module, **kind)
+            if bias is not None:
+                (module.up if isinstance(module, LowRankLinear) else module).bias = bias
+            block.set_submodule(local, module)
+        fill_linear(module, weight, self.device, self.dtype)
+
+    def materialise(self) -> dict[str, Weight]:
+        """Fill the whole model, for training; returns its linear weights by full name."""
+        weights: dict[str, Weight] = {}
+        for index in range(len(self.blocks)):
+            own = self.read_weights(index)
+            self.load_block(index, own)
+            weights |= {self.module_name(index, local): weight for local, weight in own.items()}
+        self._fill_outer()
+        return weights
+
+    def free_block(self, index: int) -> None:
+        """Drop the block's tensors."""
+        self.blocks[index].to("meta")
+
+    def _fill_outer(self) -> None:
+        for name in self.outer_names():
+            filled = self.checkpoint.tensor(self.outer_source(name)).to(self.device, self.dtype)
+            _assign(self.model, name, filled, isinstance(self._outer(name), nn.Parameter))
+        self.model.tie_weights()
+        for name, buffer in self.model.named_buffers():
+            if not buffer.is_meta and buffer.device != self.device:
+                _assign(self.model, name, buffer.to(self.device), False)
+
+    @contextmanager
+    def _probing(self) -> Iterator[list[_Probe]]:
+        originals = list(self.blocks)
+        probes = [_Probe(block) for block in originals]
+        empty = {name: self._outer(name) for name in self.outer_names()}
+        self._fill_outer()
+        for index, probe in enumerate(probes):
+            self.blocks[index] = probe
+        try:
+            yield probes
+        finally:
+            for index, block in enumerate(originals):
+                self.blocks[index] = block
+            for name, tensor in empty.items():
+                _assign(self.model, name, tensor, isinstance(tensor, nn.Parameter))
+            self.model.tie_weights()
+
+    def _outer(self, name: str) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(module), leaf)
+
+    @torch.no_grad()
+    def embed(self, token_batches: Iterator[Tensor] | list[Tensor]) -> Iterator[Tensor]:
+        """Inputs (batch, length, d) of block 0 for each batch of tokens; also learns how every block is to be called."""
+        with self._probing() as probes:
+            for number, tokens in enumerate(token_batches):
+                tokens = tokens.to(self.device)
+                if number == 0:  # of one sequence: masks and positions then broadcast over any batch
+                    self.model.base_model(input_ids=tokens[:1], use_cache=False)
+                    self.block_arguments = [probe.arguments for probe in probes]
+                self.model.base_model(input_ids=tokens, use_cache=False)
+                assert probes[0].seen is not None
+                yield probes[0].seen
+
+    def run_block(self, index: int, hidden: Tensor) -> Tensor:
+        """Outputs of block ``index`` for inputs (batch, length, d), called as the model itself calls it."""
+        args, kwargs = self.block_arguments[index]
+        output = self.blocks[index](hidden.to(self.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Logits (batch, length, V) from the last block's outputs, through the model's own final layers."""
+        with self._probing() as probes:
+            probes[-1].output = hidden.to(self.device)
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits.float().cpu()
+
+
+def build_empty(checkpoint: Checkpoint) -> Any:
+    """The causal-LM module of a checkpoint's architecture: parameters on the meta device, buffers real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise BadInput(f"{checkpoint.path}: transformers cannot build this model: {error}") from None
+    model.tie_weights()
+    return model.eval()
+
+
+def shape_kind(weight: Weight, conv1d: bool) -> dict[str, Any] | None:
+    """What module a weight needs in place of the architecture's own, as ``compress_modules`` says it; None: its own."""
+    if isinstance(weight, LowRank):
+        return {"kind": "low_rank", "rank": weight.rank}
+    inner = weight.inner if isinstance(weight, Masked) else weight
+    return {"kind": "linear"} if conv1d and isinstance(inner, Quantized) else None
+
+
+def fill_linear(module: nn.Module, weight: Weight, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Set a linear module's matrix to what a reader of the artifact would compute with."""
+    if isinstance(weight, LowRank):
+        fill_linear(module.down, weight.down, device, dtype)  # type: ignore[arg-type]
+        fill_linear(module.up, weight.up, device, dtype)  # type: ignore[arg-type]
+        return
+    values = weight.map(lambda tensor: tensor.to(device)).dense(dtype)
+    if type(module).__name__ == "Conv1D":
+        values = values.T.contiguous()
+    _assign(module, "weight", values, True)
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    if is_parameter:
+        setattr(parent, leaf, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False))
+    else:
+        parent._buffers[leaf] = tensor
+
+
+def _rank(module: nn.Module) -> int | None:
+    return module.down.out_features if isinstance(module, LowRankLinear) else None
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    return module.up.bias if isinstance(module, LowRankLinear) else module.bias  # type: ignore[return-value]

@@ -1,0 +1,400 @@
+"""The training loop: one, on accelerate, for every method that trains what compression has left of a model.
+
+A compressed layer is trained *in its representation*: :class:`TrainableLinear` holds float32 masters of what the
+representation may move (kept values, factors, the scales of a grid) and rebuilds the matrix from them at every forward.
+Masks, ranks and codes are not parameters, so no step can break them and none has to repair them. For a quantized matrix
+this is E2E-QP, the second phase of EfficientQAT (2407.11062): integers frozen, scales trained.
+
+Models run in eval mode: the student is fitted to a fixed function, so dropout would only add noise, and without it
+nothing here draws random numbers except the order of the sequences. A run that was interrupted therefore resumes from
+its state file and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compress.errors import BadInput, CompressError
+from compress.passes import Signal, TrainPass
+from compress.progress import Progress
+from compress.weights import LowRank, Masked, Quantized, Weight
+
+logger = logging.getLogger(__name__)
+
+Parameters = Mapping[str, nn.Parameter]
+STATE_FILE = "training.safetensors"
+"""Parameters, AdamW's moments and, in the header's metadata, the losses so far and what they belong to."""
+
+
+class TrainResult(NamedTuple):
+    """weights: the trained representations, in their storage dtypes. history: loss of every step, in nats per token."""
+
+    weights: dict[str, Weight]
+    history: list[float]
+
+
+def train(
+    student: PreTrainedModel,
+    weights: Mapping[str, Weight],
+    teacher: PreTrainedModel | None,
+    tokens: Tensor,
+    step: TrainPass,
+    *,
+    seed: int,
+    device: str,
+    directory: Path,
+    progress: Progress,
+    save_every: int = 50,
+) -> TrainResult:
+    """Train a compressed model.
+
+    student: a causal language model with all parameters in memory; trained in float32, with forward passes in bfloat16
+    on a GPU that has it. Afterwards its linear layers hold the dense values of the returned weights, and its other
+    trained parameters their new values, in their own dtypes. weights: the representation of each linear layer by the
+    full name of its module: an nn.Linear, a Conv1D, or for a low-rank weight a module with ``down`` and ``up``.
+    teacher: the uncompressed model, given back unchanged; None where the pass does not need one.
+    tokens: (n, length) int64; sequences are drawn without replacement, permutation after permutation.
+    device: "cpu", "cuda", ...; of several processes (accelerate launch) each takes its own, and a share of the batches.
+    directory: the state is saved there every ``save_every`` steps; a rerun with equal arguments resumes from it, and
+    after the last step returns at once. The caller deletes it.
+
+    Raises BadInput when the teacher is missing, batches cannot be shared or the model's head is not understood, and
+    CompressError when the loss or its gradient is not finite (the student's norms and biases are then spoilt).
+    """
+    if step.needs.teacher and teacher is None:
+        raise BadInput(f"{step.method()} needs the uncompressed model as a teacher, and none was given")
+    if tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        raise BadInput(f"{step.method()} predicts a token from those before it: tokens {tuple(tokens.shape)} hold none")
+    directory.mkdir(parents=True, exist_ok=True)
+    state = _State(directory / STATE_FILE, _fingerprint(weights, tokens, step, seed), save_every)
+    with ExitStack() as stack:
+        accelerator = stack.enter_context(_accelerator(torch.device(device)))
+        place = accelerator.device if accelerator.num_processes > 1 else torch.device(device)
+        layers = stack.enter_context(_trainable_layers(student, weights, place))
+        stack.enter_context(_borrowed(student, place, torch.float32))
+        _check_head(student, tokens[:1, :8].to(place))
+        if teacher is not None:
+            stack.enter_context(_borrowed(teacher, place))
+            _check_head(teacher, tokens[:1, :8].to(place))
+        history = _run(accelerator, _Objective(student, teacher, step), tokens, seed, state, progress)
+        trained = {name: layer.trained() for name, layer in layers.items()}
+    for name, weight in trained.items():
+        _write(student.get_submodule(name), weight, layers[name].bias)
+    return TrainResult(trained, history)
+
+
+def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The function from final hidden states (..., d) to logits (..., vocabulary) that the model's forward applies.
+
+    Beside the output matrix: Cohere and Granite scale their logits, Gemma caps them softly at ``cap * tanh(x / cap)``.
+    """
+    config = model.config.get_text_config()
+    if (output := model.get_output_embeddings()) is None:
+        raise BadInput(f"a {config.model_type} model has no output head to train with")
+    scale = getattr(config, "logit_scale", None)
+    if scale is None and config.model_type.startswith("granite"):
+        scale = 1 / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def head(hidden: Tensor) -> Tensor:
+        logits = output(hidden)
+        if scale is not None:
+            logits = logits * scale
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return head
+
+
+class TrainableLinear(nn.Module):
+    """A linear layer that computes with a representation of its matrix and trains float32 copies of its parameters."""
+
+    def __init__(self, weight: Weight, bias: Tensor | None, device: torch.device):
+        super().__init__()
+        self.original = weight
+        # Beside the masters only masks and codes are needed on the device: the old values stay where they are.
+        self.frame = weight.map(lambda tensor: tensor if tensor.is_floating_point() else tensor.to(device))
+        self.masters = nn.ParameterList([_master(value, device) for value in weight.parameters().values()])
+        self.bias = None if bias is None else _master(bias, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        masters = dict(zip(self.frame.parameters(), self.masters, strict=True))
+        return F.linear(x, self.frame.rebuild(masters).dense(dtype), self.bias)
+
+    @property
+    def grid_bits(self) -> int | None:
+        """Bits of the grid whose scales are trained; None where the values themselves are."""
+        inner = self.original.inner if isinstance(self.original, Masked) else self.original
+        return inner.bits if isinstance(inner, Quantized) else None
+
+    @torch.no_grad()
+    def trained(self) -> Weight:
+        """The representation around the trained values, in the dtypes and on the devices of the original."""
+        pairs = zip(self.original.parameters().items(), self.masters, strict=True)
+        return self.original.rebuild({name: master.detach().to(old) for (name, old), master in pairs})
+
+
+class TrainableFactors(nn.Module):
+    """A low-rank layer, computed factor by factor; the factors are compressed matrices themselves."""
+
+    def __init__(self, weight: LowRank, bias: Tensor | None, device: torch.device):
+        super().__init__()
+        self.down = _trainable(weight.down, None, device)
+        self.up = _trainable(weight.up, bias, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def trained(self) -> Weight:
+        """The factors with their trained values."""
+        return LowRank(self.down.trained(), self.up.trained())
+
+
+def _trainable(weight: Weight, bias: Tensor | None, device: torch.device) -> TrainableLinear | TrainableFactors:
+    layer: Any = TrainableFactors if isinstance(weight, LowRank) else TrainableLinear
+    return layer(weight, bias, device)
+
+
+def _master(value: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(device, torch.float32, copy=True).contiguous())
+
+
+class _Objective(nn.Module):
+    """Tokens (batch, length) -> the loss of predicting tokens 2, 3, ...: one module, so that processes can share it."""
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, step: TrainPass):
+        super().__init__()
+        self.student, self.teacher, self.step = student, teacher, step
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        teacher_signal = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_signal = _signal(self.teacher, tokens)
+        return self.step.loss(_signal(self.student, tokens), teacher_signal, tokens[:, 1:].flatten())
+
+
+def _signal(model: PreTrainedModel, tokens: Tensor) -> Signal:
+    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    return Signal(hidden[:, :-1].flatten(0, 1), head_of(model))
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raise BadInput unless the hidden states and the head that training uses give the model's own logits."""
+    signal = _signal(model, tokens)
+    ours = signal.head(signal.hidden).float()
+    theirs = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    if not torch.allclose(ours, theirs, rtol=0, atol=0.02 * float(theirs.abs().max()), equal_nan=True):
+        raise BadInput(f"training does not know how a {model.config.model_type} model computes its logits")
+
+
+def _run(
+    accelerator: Accelerator, objective: _Objective, tokens: Tensor, seed: int, state: _State, progress: Progress
+) -> list[float]:
+    """Train what asks for gradients in the objective's student, from the saved state if there is one."""
+    step, student = objective.step, objective.student
+    optimizer = torch.optim.AdamW(_parameter_groups(student, step), lr=step.learning_rate)
+    parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    history = _load_state(state, parameters, optimizer)
+    if history:
+        progress(len(history), step.steps, "resumed")
+    batches = _batches(tokens.shape[0], step, seed, accelerator)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    for index in range(len(history), step.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["share"] * step.learning_rate_at(index)
+        loss = torch.zeros((), device=next(iter(parameters.values())).device)
+        for rows in batches[index]:
+            part_loss = model(tokens[rows].to(loss.device)) / step.accumulate
+            accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        done, mean_loss = index + 1, float(accelerator.reduce(loss, "mean"))  # type: ignore[arg-type]
+        norm = float(accelerator.clip_grad_norm_(parameters.values(), step.gradient_clip))  # type: ignore[arg-type]
+        if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+            raise CompressError(
+                f"{step.method()}: loss {mean_loss:g}, gradient norm {norm:g} at step {done} of {step.steps}; "
+                f"try a smaller learning rate, such as learning_rate={step.learning_rate / 10:g}"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(mean_loss)
+        if accelerator.is_main_process and (done % state.save_every == 0 or done == step.steps):
+            _save_state(state, parameters, optimizer, history)
+        progress(done, step.steps, f"loss {mean_loss:.4f}")
+    return history
+
+
+def _batches(n_sequences: int, step: TrainPass, seed: int, accelerator: Accelerator) -> Tensor:
+    """This process's sequences: (steps, accumulate, sequences), drawn from seeded permutations in a row."""
+    n_shares = step.accumulate * accelerator.num_processes
+    if step.batch_size % n_shares:
+        raise BadInput(f"batch_size={step.batch_size} is not a multiple of accumulate x processes, {n_shares}")
+    generator = torch.Generator().manual_seed(seed)
+    n_drawn = step.steps * step.batch_size
+    permutations = [torch.randperm(n_sequences, generator=generator) for _ in range(math.ceil(n_drawn / n_sequences))]
+    order = torch.cat(permutations)[:n_drawn]
+    return order.view(step.steps, step.accumulate, accelerator.num_processes, -1)[:, :, accelerator.process_index]
+
+
+def _parameter_groups(student: nn.Module, step: TrainPass) -> list[dict[str, Any]]:
+    """AdamW's groups of what ``step.trains`` names, asking for its gradients; norms and biases have one dimension.
+
+    Adam moves every parameter by about the learning rate. A move of a scale is multiplied by codes up to 2**(bits-1),
+    so with a "share" of 2**(1-bits) of the rate no weight moves faster than one that is trained directly.
+    """
+    groups = []
+    for layer in [module for module in student.modules() if isinstance(module, TrainableLinear)]:
+        bits = layer.grid_bits
+        share, decay = (1.0, step.weight_decay) if bits is None else (2.0 ** (1 - bits), 0.0)
+        groups.append({"params": list(layer.masters), "share": share, "weight_decay": decay})
+    masters = {master for group in groups for master in group["params"]}
+    dimensions = {"weights": (), "blocks": (1,), "everything": (0, 1, 2, 3)}[step.trains]
+    rest = [value for value in student.parameters() if value not in masters and value.dim() in dimensions]
+    for parameter in chain(masters, rest):
+        parameter.data = parameter.data.clone()  # a loader may have given both models the same memory
+        parameter.requires_grad_(True)
+    return [*groups, {"params": rest, "share": 1.0, "weight_decay": 0.0}]
+
+
+@contextmanager
+def _borrowed(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Move the model, in eval mode and frozen; afterwards its mode and its tensors' places and flags are as before."""
+    mode = model.training
+    before = [(t, t.device, t.dtype, t.requires_grad) for t in chain(model.parameters(), model.buffers())]
+    model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    try:
+        yield
+    finally:
+        model.train(mode)
+        for tensor, home, storage, requires_grad in before:
+            tensor.grad = None
+            tensor.data = tensor.data.to(home, storage)
+            tensor.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _trainable_layers(
+    student: nn.Module, weights: Mapping[str, Weight], device: torch.device
+) -> Iterator[dict[str, TrainableLinear | TrainableFactors]]:
+    """Put trainable layers in the places of the compressed ones; afterwards the student's own modules are back."""
+    originals = {name: student.get_submodule(name) for name in weights}
+    layers = {name: _trainable(weight, _bias_of(originals[name]), device) for name, weight in weights.items()}
+    for name, layer in layers.items():
+        student.set_submodule(name, layer)
+    try:
+        yield layers
+    finally:
+        for name, module in originals.items():
+            student.set_submodule(name, module)
+
+
+def _bias_of(module: Any) -> Tensor | None:
+    return _bias_of(module.up) if hasattr(module, "up") else module.bias
+
+
+@torch.no_grad()
+def _write(module: Any, weight: Weight, bias: Tensor | None) -> None:
+    """Give dense values to the student's own module: a linear layer, or one with ``down`` and ``up``."""
+    if isinstance(weight, LowRank):
+        _write(module.down, weight.down, None)
+        return _write(module.up, weight.up, bias)
+    dense = weight.dense(module.weight.dtype)
+    dense = dense.T if isinstance(module, Conv1D) else dense
+    module.weight.data = dense.to(module.weight.device).clone(memory_format=torch.contiguous_format)
+    if bias is not None:
+        module.bias.data = bias.detach().to(module.bias)
+
+
+@contextmanager
+def _accelerator(device: torch.device) -> Iterator[Accelerator]:
+    """An Accelerator, and no trace of it: accelerate's process-wide dictionaries are put back afterwards."""
+    shared = [state._shared_state for state in (AcceleratorState, PartialState, GradientState)]
+    before = [dict(state) for state in shared]
+    try:
+        for state in shared:
+            state.clear()
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
+        yield Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)
+    finally:
+        for state, values in zip(shared, before, strict=True):
+            state.clear()
+            state.update(values)
+
+
+class _State(NamedTuple):
+    path: Path
+    fingerprint: str
+    save_every: int
+
+
+def _fingerprint(weights: Mapping[str, Weight], tokens: Tensor, step: TrainPass, seed: int) -> str:
+    """A digest of what a saved state belongs to: settings, data, and a row of every tensor of the weights."""
+    digest = hashlib.sha256(json.dumps([step.method(), step.model_dump(mode="json"), seed, tokens.shape]).encode())
+    digest.update(tokens.cpu().numpy().tobytes())
+
+    def add_first_row(tensor: Tensor) -> Tensor:
+        digest.update(tensor[:1].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        return tensor
+
+    for name, weight in weights.items():
+        digest.update(f"{name} {type(weight).__name__} {weight.shape}".encode())
+        weight.map(add_first_row)
+    return digest.hexdigest()
+
+
+def _save_state(state: _State, parameters: Parameters, optimizer: Optimizer, history: list[float]) -> None:
+    """Write what the next step depends on, aside and then in place; one file, so that no crash can mix two states."""
+    tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
+    for name, value in parameters.items():
+        tensors |= {f"{key}/{name}": moment for key, moment in optimizer.state.get(value, {}).items()}
+    aside = state.path.with_suffix(".part")
+    save_file(tensors, aside, {"training": json.dumps({"fingerprint": state.fingerprint, "history": history})})
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(state.path)
+
+
+@torch.no_grad()
+def _load_state(state: _State, parameters: Parameters, optimizer: Optimizer) -> list[float]:
+    """Restore parameters and moments; returns the losses of the steps that are done, [] where nothing was saved."""
+    if not state.path.exists():
+        return []
+    with safe_open(state.path, framework="pt") as file:
+        header = json.loads(file.metadata()["training"])
+        if header["fingerprint"] != state.fingerprint:
+            logger.warning("%s belongs to other settings, data or weights: training starts anew", state.path)
+            return []
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            kind, _, name = key.partition("/")
+            tensor, parameter = file.get_tensor(key), parameters[name]
+            if kind == "parameter":
+                parameter.copy_(tensor)
+            else:  # AdamW keeps its step counts, scalars, on the CPU
+                optimizer.state[parameter][kind] = tensor.to(parameter.device) if tensor.dim() else tensor
+    return header["history"]

@@ -1,0 +1,92 @@
+"""A training pass as a stage: load the student and its teacher, run the loop, write what came out block by block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint import Checkpoint
+from compress.export import compressed_tensors
+from compress.passes import TrainPass
+from compress.progress import Progress
+from compress.skeleton import Skeleton
+from compress.stream import OUTER, PROBE_LENGTH, PROBE_SEQUENCES, Streamed, block_part, describe
+from compress.train import train
+from compress.weights import Weight, assert_structure_kept, structure
+from compress.writer import BlockStore
+
+
+def train_stage(
+    source: Checkpoint,
+    original: Checkpoint,
+    step: TrainPass,
+    tokens: Tensor,
+    probe: Tensor,
+    store: BlockStore,
+    directory: Path,
+    *,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> tuple[Skeleton, Streamed]:
+    """Train ``source`` with ``step``; the ``original`` model is the teacher where it needs one.
+
+    tokens: (n, length) training windows. probe: windows whose first tokens give the logits to verify by.
+    Returns the skeleton and records of the result, like a stream. A rerun resumes at the last saved step.
+    """
+    student = Skeleton(source, device)
+    before = student.materialise()
+    teacher = Skeleton(original, device) if step.needs.teacher else None
+    if teacher is not None:
+        teacher.materialise()
+    after = train(
+        student.model, before, teacher.model if teacher else None, tokens, step,  # type: ignore[arg-type]
+        seed=seed, device=device, directory=directory, progress=progress,
+    ).weights  # fmt: skip
+    for name, weight in after.items():
+        assert_structure_kept(f"{step.method()} at {name}", structure(before[name]), weight)
+    others = _round_others(student)
+    result = Streamed({}, {}, {}, (probe, probe))
+    for index in range(len(student.blocks)):
+        tensors: dict[str, Tensor] = {}
+        for local in student.arch.linears:
+            name = student.module_name(index, local)
+            result.add(
+                name,
+                after[name],
+                describe(name, after[name], before[name], [step.label()], None),
+                student.is_conv1d(local),
+            )
+            transposed = student.is_conv1d(local) and name not in result.reshaped
+            tensors |= compressed_tensors.tensors(name, after[name], transposed=transposed)
+        names = [student.file_name(name) for name in student.block_names(index)]
+        store.write(block_part(index), tensors | {name: others[name] for name in names}, {})
+    store.write(OUTER, {name: others[name] for name in student.outer_names()}, {})
+    result.probe = _probe(student, after, dtype, probe[:PROBE_SEQUENCES, :PROBE_LENGTH].contiguous())
+    return student, result
+
+
+def _round_others(student: Skeleton) -> dict[str, Tensor]:
+    """Norms, biases, embeddings as they will be stored; the student computes with them from here on."""
+    names = [student.file_name(name) for i in range(len(student.blocks)) for name in student.block_names(i)]
+    state = student.model.state_dict()
+    rounded = {}
+    for name in names + student.outer_names():
+        rounded[name] = state[name].to(student.checkpoint.meta(student.outer_source(name)).dtype)
+        state[name].copy_(rounded[name])
+    return rounded
+
+
+@torch.no_grad()
+def _probe(student: Skeleton, weights: dict[str, Weight], dtype: torch.dtype, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens, logits) of the trained model, computing as a reader of the artifact will."""
+    student.dtype = dtype
+    student.model.to(dtype)
+    for index, block in enumerate(student.blocks):
+        for local in student.arch.linears:
+            student.install(block, local, weights[student.module_name(index, local)])
+    logits = student.model(input_ids=tokens.to(student.device), use_cache=False).logits
+    return tokens, logits.float().cpu()

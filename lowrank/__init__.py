@@ -1,0 +1,1 @@
+"""Low-rank approximation: rank arithmetic, and one file per method."""

@@ -1,0 +1,1 @@
+"""Pruning: mask patterns, and one file per method."""

@@ -1,0 +1,1 @@
+"""Quantization: number grids, and one file per method."""

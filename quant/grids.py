@@ -1,0 +1,167 @@
+"""Integer grids: fitting scales and zero-points to groups of weights, rounding to codes, and the base of the
+quantizers.
+
+A group is a run of consecutive inputs of one output row. Codes are signed, in [-2**(bits-1), 2**(bits-1) - 1], the
+convention of compressed-tensors, and a weight is ``(code - zero_point) * scale``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from compress.passes import LinearPass
+from compress.stats import LinearStats
+from compress.weights import Masked, Quantized, Weight
+
+_MIN_FALLBACK_GROUP = 16
+_N_SHRINKS = 80  # the mse search tries ranges of 100 %, 99 %, ... 21 % of the group's own
+_ERROR_POWER = 2.4
+_SEARCH_ELEMENTS = 1 << 17  # weights searched at a time: what a core's cache holds
+
+
+class Grid(NamedTuple):
+    """Integer grids of a matrix (out, in), one per row and group.
+
+    scale: (out, groups), the storage dtype, positive and finite. zero_point: (out, groups) int8 within the codes'
+    range, or None for a symmetric grid. bits: 2 to 8.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The lowest and highest code of a grid."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def effective_group_size(in_features: int, group_size: int | None) -> int:
+    """Inputs per scale: ``group_size`` where it divides the inputs, else their greatest common divisor if that is at
+    least 16, else the whole row, as for None."""
+    if group_size is None or group_size >= in_features:
+        return in_features
+    shared = math.gcd(in_features, group_size)
+    return shared if shared == group_size or shared >= _MIN_FALLBACK_GROUP else in_features
+
+
+def fit_grid(weight: Tensor, bits: int, group_size: int | None, symmetric: bool, mse: bool, dtype: torch.dtype) -> Grid:
+    """Fit a grid to every group of a matrix.
+
+    weight: (out, in) float32. group_size: a divisor of ``in``, or None for one group per row. dtype: of the scales,
+    which are rounded to it before any code is chosen.
+    symmetric: ``scale = max|w| / (2**(bits-1) - 1/2)``, the same as GPTQ's and compressed-tensors'
+    ``2 max|w| / (2**bits - 1)``: all codes are used, and the extreme weight errs by half a step, as any other may.
+    Otherwise the grid spans [min(0, min w), max(0, max w)] with an integer zero-point, so that zero, hence a pruned
+    weight, is on the grid.
+    mse: shrink the range to whichever of 100 %, 99 %, ... 21 % gives the least sum of |error|**2.4 (the GPTQ code's).
+    An all-zero group gets the grid of [-1, 1]. Raises ValueError for weights that are not finite.
+    """
+    groups = weight.unflatten(1, (-1, group_size or weight.shape[1]))
+    lowest, highest = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
+    if not bool((lowest.isfinite() & highest.isfinite()).all()):
+        raise ValueError("cannot quantize: the weight has entries that are not finite")
+    empty = lowest == highest
+    lowest, highest = lowest.masked_fill_(empty, -1), highest.masked_fill_(empty, 1)
+    if symmetric:
+        highest = torch.maximum(-lowest, highest)
+        lowest = -highest
+    if not mse:
+        return _span(lowest, highest, bits, symmetric, dtype)
+    rows = max(1, _SEARCH_ELEMENTS // weight.shape[1])
+    shares = [
+        _best_shrink(*parts, bits, symmetric, dtype)
+        for parts in zip(groups.split(rows), lowest.split(rows), highest.split(rows), strict=True)
+    ]
+    share = torch.cat(shares)
+    return _span(lowest * share, highest * share, bits, symmetric, dtype)
+
+
+def _span(lowest: Tensor, highest: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Grid:
+    """The grid whose codes cover [lowest, highest], each (out, groups)."""
+    n_steps = 2**bits - 1
+    # float16 may go below its least normal number, which 8-bit scales do reach, but not to where few digits are left.
+    least = max(torch.finfo(dtype).tiny / 16, torch.finfo(torch.float32).tiny)
+    scale = (highest / n_steps - lowest / n_steps).clamp_(min=least).to(dtype)
+    if symmetric:
+        return Grid(scale, None, bits)
+    first, last = code_range(bits)
+    zero_point = (first - lowest / scale.to(lowest.dtype)).round_().clamp_(first, last)
+    return Grid(scale, zero_point.to(torch.int8), bits)
+
+
+def _best_shrink(groups: Tensor, lowest: Tensor, highest: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> Tensor:
+    """The share of each group's range, (rows, groups), that rounds the weights (rows, groups, group) best."""
+    best_share = torch.ones_like(lowest)
+    best_error = torch.full_like(lowest, math.inf)
+    scratch = torch.empty_like(groups)
+    for i in range(_N_SHRINKS):
+        share = 1 - i / 100
+        grid = _span(lowest * share, highest * share, bits, symmetric, dtype)
+        _round(groups, grid, scratch)
+        if grid.zero_point is not None:
+            scratch -= grid.zero_point.unsqueeze(-1)
+        scratch.mul_(grid.scale.to(scratch.dtype).unsqueeze(-1)).sub_(groups)
+        # |error|**2.4, thrice as fast as pow; the logarithm of a zero error is -inf, whose power is zero again.
+        error = scratch.abs_().log2_().mul_(_ERROR_POWER).exp2_().sum(2)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_share.masked_fill_(better, share)
+    return best_share
+
+
+def _round(groups: Tensor, grid: Grid, out: Tensor) -> Tensor:
+    """Write the codes of weights (rows, groups, group) to ``out``, of the weights' floating dtype."""
+    torch.div(groups, grid.scale.to(groups.dtype).unsqueeze(-1), out=out).round_()
+    if grid.zero_point is not None:
+        out += grid.zero_point.unsqueeze(-1)
+    return out.clamp_(*code_range(grid.bits))
+
+
+def quantize(values: Tensor, grid: Grid) -> Tensor:
+    """Round values (out, in), float32, to the nearest codes of a grid (half to even): (out, in) int8."""
+    groups = values.unflatten(1, (grid.scale.shape[1], -1))
+    return _round(groups, grid, torch.empty_like(groups)).flatten(1).to(torch.int8)
+
+
+def dequantize(codes: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights (out, in) that codes (out, in) int8 stand for, computed in ``dtype``."""
+    return Quantized(codes, grid.scale.to(dtype), grid.zero_point, grid.bits).dense(dtype)
+
+
+class Quantizer(LinearPass):
+    """Base of the integer quantizers: a grid per group of consecutive inputs, and codes chosen by the method."""
+
+    bits: int = Field(4, ge=2, le=8, description="bits per weight")
+    group_size: int | None = Field(128, ge=1, description="consecutive inputs that share a scale; -1: the whole row")
+    symmetric: bool = Field(True, description="grids centred on zero, without zero-points")
+    mse: bool = Field(False, description="search the range that rounds best instead of taking the extremes")
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _whole_row(cls, value: object) -> object:
+        return None if value in (-1, "-1") else value
+
+    def fit(self, weight: Tensor, dtype: torch.dtype) -> Grid:
+        """Fit this pass's grid to weight (out, in) float32, with scales of ``dtype``."""
+        group_size = effective_group_size(weight.shape[1], self.group_size)
+        return fit_grid(weight, self.bits, group_size, self.symmetric, self.mse, dtype)
+
+    def wrap(self, codes: Tensor, grid: Grid, mask: Tensor | None) -> Weight:
+        """The weight that codes (out, in) on a grid make, zero where ``mask`` is False."""
+        quantized = Quantized(codes, grid.scale, grid.zero_point, grid.bits)
+        return quantized if mask is None else quantized.masked(mask)
+
+    def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
+        n_outputs, n_inputs = weight.shape
+        n_groups = n_inputs // effective_group_size(n_inputs, self.group_size)
+        codes = torch.empty(n_outputs, n_inputs, dtype=torch.int8, device="meta")
+        scale = torch.empty(n_outputs, n_groups, dtype=weight.dtype, device="meta")
+        zero_point = None if self.symmetric else torch.empty(n_outputs, n_groups, dtype=torch.int8, device="meta")
+        quantized = Quantized(codes, scale, zero_point, self.bits)
+        return quantized if mask is None else Masked(quantized, mask.to("meta"))

@@ -1,0 +1,362 @@
+"""The training loop on tiny random models: what it lowers, what it must not touch, and that it resumes bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from compress.distill.logit_kd import LogitKD
+from compress.distill.losses import forward_kl
+from compress.errors import BadInput, CompressError
+from compress.passes import TrainPass
+from compress.train import STATE_FILE, TrainableLinear, TrainResult, head_of, train
+from compress.weights import Dense, LowRank, Quantized, Weight, assert_structure_kept, structure
+
+VOCABULARY = 128
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+GPT2_SHAPE = {
+    "vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def make(config) -> PreTrainedModel:
+    torch.manual_seed(0)
+    # Weights of the default size give almost uniform predictions, from which nothing could be learnt.
+    config.initializer_range = 0.2
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are faster on one thread, above all where the machine has other work."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return make(LlamaConfig(**SHAPE, attention_bias=True))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(0, VOCABULARY, (64, 32), generator=torch.Generator().manual_seed(0))
+
+
+def masked(weight: Tensor) -> Weight:
+    return Dense(weight).masked(weight.abs() > weight.abs().median())
+
+
+def quantized(weight: Tensor, bits: int = 3, group_size: int = 16) -> Quantized:
+    groups = weight.float().reshape(weight.shape[0], -1, group_size)
+    scale = groups.abs().amax(-1) / (2 ** (bits - 1) - 1)
+    codes = (groups / scale.unsqueeze(-1)).round().to(torch.int8).reshape(weight.shape)
+    return Quantized(codes, scale.to(weight.dtype), None, bits)
+
+
+def low_rank(weight: Tensor) -> LowRank:
+    left, values, right = torch.linalg.svd(weight.float(), full_matrices=False)
+    rank = len(values) // 2
+    up, down = left[:, :rank] * values[:rank].sqrt(), values[:rank].sqrt()[:, None] * right[:rank]
+    return LowRank(quantized(down.to(weight.dtype)), masked(up.to(weight.dtype)))
+
+
+class Factors(nn.Module):
+    """What a loader puts in the place of a linear layer that has become two."""
+
+    def __init__(self, weight: LowRank, bias: Tensor | None):
+        super().__init__()
+        self.down = nn.Linear(*weight.down.shape[::-1], bias=False)
+        self.up = nn.Linear(*weight.up.shape[::-1], bias=bias is not None)
+        self.down.weight.data, self.up.weight.data = weight.down.dense(torch.float32), weight.up.dense(torch.float32)
+        if bias is not None:
+            self.up.bias.data = bias.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
+def compressed(teacher: PreTrainedModel, how, dtype=torch.float32) -> tuple[PreTrainedModel, dict[str, Weight]]:
+    """A student whose block linears are ``how(weight)``, and their representations."""
+    student, weights = copy.deepcopy(teacher), {}
+    linears = [(n, m) for n, m in student.named_modules() if isinstance(m, nn.Linear | Conv1D) and n != "lm_head"]
+    for name, module in linears:
+        transposed = isinstance(module, Conv1D)
+        matrix = module.weight.data.T if transposed else module.weight.data
+        weight = weights[name] = how(matrix.to(dtype).contiguous())
+        if isinstance(weight, LowRank):
+            student.set_submodule(name, Factors(weight, None if module.bias is None else module.bias.data))
+        else:
+            dense = weight.dense(torch.float32)
+            module.weight.data = dense.T.contiguous() if transposed else dense
+    return student, weights
+
+
+@torch.no_grad()
+def held_out_kl(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
+    unseen = torch.randint(0, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(1))
+    return float(forward_kl(student(unseen).logits, teacher(unseen).logits).mean())
+
+
+def silent(done: int, total: int, message: str) -> None:
+    pass
+
+
+def fit(student, weights, teacher, tokens, directory, progress=silent, save_every=50, seed=0, **settings) -> TrainResult:
+    step = LogitKD(**{"steps": 20, "batch_size": 4, "learning_rate": 1e-2} | settings)
+    return train(student, weights, teacher, tokens, step, seed=seed, device="cpu", directory=directory,
+                 progress=progress, save_every=save_every)  # fmt: skip
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.mark.parametrize("how", [masked, quantized, low_rank, lambda w: quantized(w).masked(masked(w).mask)],
+                         ids=["masked", "quantized", "low_rank", "masked_quantized"])  # fmt: skip
+def test_distillation_lowers_held_out_kl_and_keeps_structure(how, llama, tokens, tmp_path):
+    student, weights = compressed(llama, how)
+    teacher_before, frozen = tensors_of(llama), student.model.embed_tokens.weight.clone()
+    before = held_out_kl(student, llama)
+    result = fit(student, weights, llama, tokens, tmp_path)
+    assert held_out_kl(student, llama) < 0.9 * before
+    assert len(result.history) == 20 and result.history[-1] < result.history[0]
+    for name, weight in result.weights.items():
+        assert type(weight) is type(weights[name])
+        assert_structure_kept(name, structure(weights[name]), weight)
+        for ours, theirs in zip(fixed_parts(weight), fixed_parts(weights[name]), strict=True):
+            assert torch.equal(ours, theirs), name
+        if not isinstance(weight, LowRank):
+            assert torch.equal(student.get_submodule(name).weight, weight.dense())
+            assert not torch.equal(weight.dense(), weights[name].dense())
+    assert torch.equal(student.model.embed_tokens.weight, frozen)
+    assert_same_tensors(tensors_of(llama), teacher_before)
+
+
+def fixed_parts(weight: Weight) -> list[Tensor]:
+    """Codes, zero points and masks."""
+    parts: list[Tensor] = []
+
+    def collect(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            parts.append(tensor)
+        return tensor
+
+    weight.map(collect)
+    return parts
+
+
+def test_low_rank_factors_are_written_back_with_their_bias(llama, tokens, tmp_path):
+    student, weights = compressed(llama, low_rank)
+    bias = student.model.layers[0].self_attn.q_proj.up.bias.clone()
+    trained = fit(student, weights, llama, tokens, tmp_path, steps=3).weights["model.layers.0.self_attn.q_proj"]
+    module = student.model.layers[0].self_attn.q_proj
+    assert isinstance(trained, LowRank) and isinstance(module, Factors)
+    assert torch.equal(module.down.weight, trained.down.dense()) and torch.equal(module.up.weight, trained.up.dense())
+    assert not torch.equal(module.up.bias, bias)
+
+
+def test_conv1d_models_are_trained(tokens, tmp_path):
+    teacher = make(GPT2Config(**GPT2_SHAPE)).eval()
+    student, weights = compressed(teacher, masked)
+    before = held_out_kl(student.eval(), teacher)
+    result = fit(student, weights, teacher, tokens, tmp_path)
+    assert held_out_kl(student, teacher) < 0.9 * before
+    for name, weight in result.weights.items():
+        stored = student.get_submodule(name).weight
+        assert stored.is_contiguous() and torch.equal(stored.T, weight.dense())
+        assert_structure_kept(name, structure(weights[name]), weight)
+
+
+def test_storage_dtypes_are_kept(llama, tokens, tmp_path):
+    student, weights = compressed(llama, masked, torch.bfloat16)
+    student.bfloat16()
+    result = fit(student, weights, llama, tokens, tmp_path, steps=3)
+    assert {weight.dtype for weight in result.weights.values()} == {torch.bfloat16}
+    assert {value.dtype for value in student.parameters()} == {torch.bfloat16}
+    for name, weight in result.weights.items():
+        assert torch.equal(student.get_submodule(name).weight, weight.dense())
+
+
+def test_the_teacher_itself_has_no_loss_and_stays(llama, tokens, tmp_path):
+    student, weights = compressed(llama, Dense)
+    result = fit(student, weights, llama, tokens, tmp_path, steps=5, learning_rate=1e-5)
+    assert max(result.history) < 1e-5
+    for name, weight in result.weights.items():
+        assert (weight.dense() - weights[name].dense()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("trains", ["weights", "blocks", "everything"])
+def test_what_is_trained(trains, llama, tokens, tmp_path):
+    student, weights = compressed(llama, masked)
+    before = tensors_of(student)
+    fit(student, weights, llama, tokens, tmp_path, steps=2, trains=trains)
+    moved = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    linears = {f"{name}.weight" for name in weights}
+    small = {name for name, value in before.items() if value.dim() == 1}
+    assert moved == {"weights": linears, "blocks": linears | small, "everything": set(before)}[trains]
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(llama, tokens, tmp_path):
+    whole, weights = compressed(llama, masked)
+    parts = copy.deepcopy(whole)
+    one = fit(whole, weights, llama, tokens, tmp_path / "whole", steps=3, learning_rate=1e-4)
+    two = fit(parts, weights, llama, tokens, tmp_path / "parts", steps=3, learning_rate=1e-4, accumulate=2)
+    torch.testing.assert_close(torch.tensor(one.history), torch.tensor(two.history), rtol=1e-4, atol=0)
+
+
+def test_same_seed_same_bits_and_no_trace_in_the_process(llama, tokens, tmp_path):
+    accelerate_states = (AcceleratorState, PartialState, GradientState)
+    Accelerator(cpu=True, mixed_precision="bf16")  # the caller's own, with other settings
+    states = [dict(state._shared_state) for state in accelerate_states]
+    random_state, environment = torch.get_rng_state(), dict(os.environ)
+    students, results = [], []
+    for run, seed in enumerate((0, 0, 1)):
+        student, weights = compressed(llama, masked)
+        flags = [value.requires_grad for value in student.parameters()]
+        results.append(fit(student.train(), weights, llama, tokens, tmp_path / str(run), steps=4, seed=seed))
+        students.append(student)
+        assert student.training and flags == [value.requires_grad for value in student.parameters()]
+        assert all(value.grad is None for value in student.parameters())
+    assert_same_tensors(tensors_of(students[0]), tensors_of(students[1]))
+    assert results[0].history == results[1].history != results[2].history
+    assert torch.equal(torch.get_rng_state(), random_state) and dict(os.environ) == environment
+    assert [dict(state._shared_state) for state in accelerate_states] == states
+    for state in accelerate_states:
+        state._shared_state.clear()
+
+
+@pytest.mark.parametrize("how", [masked, low_rank], ids=["masked", "low_rank"])
+def test_an_interrupted_run_resumes_bit_for_bit(how, llama, tokens, tmp_path):
+    undisturbed, weights = compressed(llama, how)
+    interrupted, resumed = copy.deepcopy(undisturbed), copy.deepcopy(undisturbed)
+    settings = {"steps": 12, "save_every": 4, "weight_decay": 0.1}
+    expected = fit(undisturbed, weights, llama, tokens, tmp_path / "undisturbed", **settings)
+
+    def stop_at_six(done: int, total: int, message: str) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted, weights, llama, tokens, tmp_path / "stopped", progress=stop_at_six, **settings)
+    assert not any(isinstance(module, TrainableLinear) for module in interrupted.modules())
+    seen: list[int] = []
+    result = fit(resumed, weights, llama, tokens, tmp_path / "stopped",
+                 progress=lambda done, total, message: seen.append(done), **settings)  # fmt: skip
+    assert seen == [4, *range(5, 13)]
+    assert result.history == expected.history
+    assert_same_tensors(tensors_of(resumed), tensors_of(undisturbed))
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == [STATE_FILE]
+
+
+def test_a_finished_run_returns_at_once_and_other_settings_start_anew(llama, tokens, tmp_path, caplog):
+    student, weights = compressed(llama, masked)
+    first, second, third = student, copy.deepcopy(student), copy.deepcopy(student)
+    expected = fit(first, weights, llama, tokens, tmp_path, steps=3)
+    seen: list[str] = []
+    again = fit(second, weights, llama, tokens, tmp_path, steps=3, progress=lambda *call: seen.append(call[2]))
+    assert seen == ["resumed"] and again.history == expected.history
+    assert_same_tensors(tensors_of(first), tensors_of(second))
+    other = fit(third, weights, llama, tokens, tmp_path, steps=3, temperature=2.0)
+    assert other.history != expected.history and "starts anew" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_a_remedy(llama, tokens, tmp_path):
+    student, weights = compressed(llama, masked)
+    with pytest.raises(CompressError, match=r"step \d+ of 20; try a smaller learning rate, such as learning_rate=1e\+28"):
+        fit(student, weights, llama, tokens, tmp_path, learning_rate=1e29)
+    assert not any(isinstance(module, TrainableLinear) for module in student.modules())
+
+
+def test_bad_requests_are_refused_before_any_work(llama, tokens, tmp_path):
+    student, weights = compressed(llama, masked)
+    with pytest.raises(BadInput, match="teacher"):
+        fit(student, weights, None, tokens, tmp_path)
+    with pytest.raises(BadInput, match="tokens"):
+        fit(student, weights, llama, tokens[:, :1], tmp_path)
+
+
+class NextToken(TrainPass):
+    """A loss without a teacher."""
+
+    def loss(self, student, teacher, targets):
+        assert teacher is None
+        return F.cross_entropy(student.head(student.hidden), targets)
+
+
+def test_a_loss_without_a_teacher_is_that_of_the_next_token(llama, tokens, tmp_path):
+    student, weights = compressed(llama, masked)
+    with torch.no_grad():
+        logits = student(tokens[:1]).logits
+        expected = F.cross_entropy(logits[0, :-1], tokens[0, 1:])
+    result = train(student, weights, None, tokens[:1], NextToken(steps=5, batch_size=1, learning_rate=1e-3, warmup=0.0),
+                   seed=0, device="cpu", directory=Path(tmp_path), progress=silent)  # fmt: skip
+    assert result.history[0] == pytest.approx(float(expected), rel=1e-5)
+    assert result.history[-1] < result.history[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SHAPE),
+        GPT2Config(**GPT2_SHAPE),
+        Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=2.0),
+        GraniteConfig(**SHAPE, logits_scaling=8.0),
+        Cohere2Config(**SHAPE),
+        OPTConfig(**{name: value for name, value in SHAPE.items() if name in vars(OPTConfig())}, word_embed_proj_dim=32),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_head_of_gives_the_logits_of_the_model(config, tokens):
+    model = make(config).eval()
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=tokens[:2], use_cache=False).last_hidden_state
+        torch.testing.assert_close(head_of(model)(hidden), model(tokens[:2]).logits)
+
+
+def test_a_head_that_is_not_understood_is_refused(llama, tokens, tmp_path, monkeypatch):
+    student, weights = compressed(llama, masked)
+    forward = student.forward
+
+    def doubled(**arguments):
+        output = forward(**arguments)
+        return type(output)(logits=2 * output.logits)
+
+    monkeypatch.setattr(student, "forward", doubled)
+    with pytest.raises(BadInput, match="llama"):
+        fit(student, weights, llama, tokens, tmp_path)
