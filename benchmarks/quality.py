@@ -2,11 +2,12 @@
 
 For every model: perplexity on held-out text, divergence from the base model and agreement of the top token, after
 rounding to nearest and GPTQ (4 and 3 bits, every group size of 128, 64 and 32 that divides the model's widths, symmetric
-and asymmetric), magnitude pruning and Wanda (50 % and 2:4), and plain SVD and SVD-LLM (80, 60 and 40 % of the parameters).
-Each is run through the library as a user runs it, reload in a fresh process included; everything is seeded.
+and asymmetric), magnitude pruning and Wanda (50 %, with the weights of a row or of a matrix competing, and 2:4), and plain
+SVD and SVD-LLM (80, 60 and 40 % of the parameters). Each is run through the library as a user runs it, reload in a fresh
+process included; everything is seeded.
 
-Bars: GPTQ below RTN at 4 and 3 bits, Wanda below magnitude at 50 %, SVD-LLM below SVD. The exit status is 1 where one
-is missed. Models or texts that are absent are skipped and said to be.
+Bars: GPTQ below RTN at 4 and 3 bits, Wanda below magnitude at 50 % where the same weights compete, SVD-LLM below SVD. The
+exit status is 1 where one is missed. Models or texts that are absent are skipped and said to be.
 
     python benchmarks/quality.py --models DIRECTORY --held-out FILE --calibration FILE
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -85,9 +87,9 @@ def configurations(widths: set[int]) -> list[Row]:
             for symmetric in ("true", "false"):
                 options = f"bits={bits},group_size={group},symmetric={symmetric}"
                 rows += [Row(f"rtn:{options}"), Row(f"gptq:{options}", baseline=f"rtn:{options}", required=True)]
-    for options in ("sparsity=0.5", "pattern=2:4"):
-        unstructured = options != "pattern=2:4"
-        rows += [Row(f"magnitude:{options}"), Row(f"wanda:{options}", baseline=f"magnitude:{options}", required=unstructured)]
+    for pattern in ("row", "tensor", "2:4"):
+        baseline, bar = f"magnitude:pattern={pattern}", pattern != "2:4"
+        rows += [Row(baseline), Row(f"wanda:pattern={pattern}", baseline=baseline, required=bar)]
     for ratio in (0.8, 0.6, 0.4):
         rows += [Row(f"svd:ratio={ratio}"), Row(f"svd_llm:ratio={ratio}", baseline=f"svd:ratio={ratio}", required=True)]
     return rows
@@ -167,6 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, default=DATA / "corpora" / "tinystories_train1000.jsonl")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
+    parser.add_argument("--threads", type=int, default=1, help="of small models: more only wait for one another")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="comma-separated parts of labels, such as `gptq,rtn` or `ratio=0.4`")
     parser.add_argument("--names", help="comma-separated names of models (`demo` is the bundled one)")
@@ -178,6 +181,8 @@ def main() -> int:
     """Measure every model there is; returns the exit status."""
     options = arguments()
     logging.disable(logging.WARNING)
+    torch.set_num_threads(options.threads)
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "TQDM_DISABLE": "1"}  # of the fresh processes, too
     torch.manual_seed(options.seed)
     work: list[tuple[Path, str, str | None, str | None]] = []
     if DEMO.is_dir():

@@ -5,7 +5,10 @@ Importing this package also registers the loader of artifacts whose shapes stock
 ``AutoModelForCausalLM.from_pretrained`` opens them without remote code.
 """
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,36 @@ if TYPE_CHECKING:
     from compress import methods
     from compress.pipeline import Pipeline, Result, run
     from compress.recipe import Calibration, Evaluation, Recipe
+
+_AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+
+
+class _Registration(MetaPathFinder):
+    """Imports ``compress.registration`` as soon as transformers' AutoConfig is imported.
+
+    To import them here would cost seconds, also where nothing but the command line's help is wanted.
+    """
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != _AUTO_CONFIG:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                import_module("compress.registration")
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if _AUTO_CONFIG in sys.modules:
+    import_module("compress.registration")
+else:
+    sys.meta_path.insert(0, _Registration())
 
 __all__ = ["Calibration", "Evaluation", "Pipeline", "Recipe", "Result", "methods", "run"]
 

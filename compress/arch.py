@@ -14,10 +14,11 @@ from compress.methods import did_you_mean
 
 class Architecture(NamedTuple):
     """blocks: path of the block list in the causal-LM module. groups: names, inside a block, of the linear layers that
-    share an input, in order of execution."""
+    share an input, in order of execution. aliases: (the model's name, what files may call it) of a tensor."""
 
     blocks: str
     groups: tuple[tuple[str, ...], ...]
+    aliases: tuple[tuple[str, str], ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -52,6 +53,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_neox": Architecture(
         "gpt_neox.layers",
         (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+        aliases=(("lm_head.weight", "embed_out.weight"),),
     ),
 }
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from compress.errors import BadInput
+from compress.errors import BadInput, explain
 
 DEFAULT_LENGTH = 512
 _CHUNK_CHARACTERS = 1 << 20
@@ -31,7 +32,7 @@ def load_tokenizer(path: Path, vocabulary: int, trust_remote_code: bool = False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise every kind of exception for a missing or damaged file
-        raise BadInput(f"{path}: its tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise BadInput(f"{path}: its tokenizer cannot be loaded: {explain(error)}") from None
     if len(tokenizer) > vocabulary:
         raise BadInput(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model embeds only {vocabulary}: they do not belong together"
@@ -49,20 +50,17 @@ def window_length(requested: int | None, config: Any) -> int:
 
 def read_text(
     data: str | None, column: str = "text", split: str = "train", *, bundled: str = "calibration"
-) -> tuple[list[str], str]:
+) -> tuple[Iterable[str], str]:
     """Documents and their source. data: a file, a hub dataset id, or None for the bundled text of that split."""
     if data is None:
-        from compress.demo.corpus import documents
+        from compress.demo.mixture import texts
 
-        return [text for _, text in documents(bundled)], f"bundled/{bundled}"
+        return texts(bundled), f"bundled/{bundled}"
     path = Path(data).expanduser()
     if path.suffix in (".txt", ".md") or (path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet")):
         if not path.is_file():
             raise BadInput(f"{data}: no such file")
-        try:
-            return [path.read_text(encoding="utf-8")], path.name
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{data}: not UTF-8 text: {error}") from None
+        return [_read_utf8(path)], path.name
     if path.suffix in (".jsonl", ".json", ".parquet"):
         if not path.is_file():
             raise BadInput(f"{data}: no such file")
@@ -71,9 +69,18 @@ def read_text(
     return _column(_read_hub(data, split), column, data), data
 
 
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+
+
 def _read_jsonl(path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read_utf8(path).split("\n"), 1):  # a string may hold what splitlines() splits at
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -104,13 +111,15 @@ def _column(rows: Any, column: str, origin: str) -> list[str]:
     texts = []
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise BadInput(f"{origin}: a row has no text in column {column!r} (it has: {found}); name it with --column")
+            found = ", ".join(f"{k}: {type(v).__name__}" for k, v in row.items()) if isinstance(row, dict) else type(row).__name__
+            raise BadInput(f"{origin}: a row has no text in column {column!r} (it is {found}); name it with --column")
         texts.append(row[column])
     return texts
 
 
-def windows(tokenizer: Any, texts: list[str], source: str, *, n: int, length: int, seed: int, at_most: bool = False) -> Windows:
+def windows(
+    tokenizer: Any, texts: Iterable[str], source: str, *, n: int, length: int, seed: int, at_most: bool = False
+) -> Windows:
     """``n`` windows of ``length`` tokens, drawn without overlap and in a seeded order from the joined documents.
 
     Documents are separated by the tokenizer's end-of-text token where it has one. Raises :class:`BadInput` where the text
@@ -129,9 +138,10 @@ def windows(tokenizer: Any, texts: list[str], source: str, *, n: int, length: in
             break
     available = len(ids) // length
     if available < (1 if at_most else n):
+        fewer = f"at most {available} samples (--samples {available})" if available else "fewer samples (--samples)"
         raise BadInput(
-            f"{source}: {len(ids)} tokens are too few for {n} windows of {length}; give more text, or at most "
-            f"{available} samples (--samples {available}) or shorter windows (--length)"
+            f"{source}: {len(ids)} tokens are too few for {n} windows of {length}; give more text, {fewer} or shorter windows "
+            "(--length)"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:n]
     tokens = torch.tensor(ids[: available * length], dtype=torch.int64).reshape(available, length)[order].contiguous()

@@ -11,17 +11,19 @@ import json
 import logging
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.arch import Architecture, architecture
-from compress.errors import BadInput
+from compress.errors import BadInput, explain
 from compress.export.compressed_tensors import read_weight
 from compress.manifest import Manifest
 from compress.weights import Weight
@@ -58,7 +60,7 @@ class Checkpoint:
     @property
     def base_model_type(self) -> str:
         """The architecture's model type, also of an artifact that carries a type of its own."""
-        return self.raw_config.get("base_model_type") or self.raw_config.get("model_type") or "unknown"
+        return str(self.raw_config.get("base_model_type") or self.raw_config.get("model_type") or "unknown")
 
     def _refuse_remote_code(self) -> None:
         own = self.raw_config.get("model_type") == "compress"  # opened by our own loader, its copy is never run
@@ -69,7 +71,9 @@ class Checkpoint:
             )
 
     def _check_quantization(self) -> None:
-        quantization = self.raw_config.get("quantization_config")
+        quantization = self.raw_config.get("quantization_config") or {}
+        if not isinstance(quantization, dict):
+            raise BadInput(f"{self.path / 'config.json'}: quantization_config is no JSON object: {quantization!r}")
         if quantization and quantization.get("quant_method") != "compressed-tensors":
             raise BadInput(
                 f"{self.path}: already quantized by {quantization.get('quant_method')!r}, which compress does not read; "
@@ -91,8 +95,9 @@ class Checkpoint:
         kwargs = {key: value for key, value in raw.items() if key != "model_type"}
         try:
             return AutoConfig.for_model(self.base_model_type, **kwargs)
-        except (TypeError, ValueError) as error:
-            raise BadInput(f"{self.path / 'config.json'}: not a valid {self.base_model_type} configuration: {error}") from None
+        except Exception as error:  # every kind of exception, depending on what is wrong with the values
+            kind = f"not a valid {self.base_model_type} configuration"
+            raise BadInput(f"{self.path / 'config.json'}: {kind}: {explain(error)}") from None
 
     @property
     def reshaped(self) -> dict[str, dict[str, Any]]:
@@ -114,8 +119,9 @@ class Checkpoint:
         return self.arch.blocks.split(".")[0] + "."
 
     def _key(self, name: str) -> str | None:
-        """The file's name of a model tensor: itself, without the base model's prefix, or its tied partner."""
-        for candidate in (name, name.removeprefix(self._prefix)):
+        """The file's name of a model tensor: itself, without the base model's prefix, or an alias of its architecture."""
+        aliases = (other for own, other in self.arch.aliases if own == name)
+        for candidate in (name, name.removeprefix(self._prefix), *aliases):
             if candidate in self._readers.where:
                 return candidate
         return None
@@ -140,7 +146,10 @@ class Checkpoint:
 
     def weight(self, module: str, *, conv1d: bool = False, meta: bool = False) -> Weight:
         """The linear layer ``module`` in whatever representation the files hold; conv1d: a dense one is stored (in, out)."""
-        get: Callable[[str], Tensor] = self.meta if meta else self.tensor
+
+        def get(name: str) -> Tensor:
+            return self.meta(name) if meta and not name.endswith(".weight_shape") else self.tensor(name)
+
         masked = self.manifest.is_masked if self.manifest else (lambda _: False)
         transposed = conv1d and module not in self.reshaped
         return read_weight(module, get, self.__contains__, self.quantization, masked=masked, transposed=transposed)
@@ -170,7 +179,7 @@ class Checkpoint:
         for key in sorted(self.keys):
             tensor = self._readers.read(key)
             if tensor.is_floating_point() and tensor.numel():
-                low, high = torch.aminmax(tensor)
+                low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
                 if not (torch.isfinite(low) and torch.isfinite(high)):
                     raise BadInput(f"{self.path}: tensor {key!r} contains NaN or infinite weights; the checkpoint is broken")
 
@@ -212,16 +221,16 @@ class _Shards:
         self.headers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         self.files = _weight_files(path)
         if not self.files:
-            self.files = pickled = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+            self.files = pickled = sorted(path.glob("pytorch_model*.bin"))
             if not pickled:
-                raise BadInput(f"{path}: no *.safetensors file found")
+                raise BadInput(f"{path}: no *.safetensors file found; download the weights, or convert them to safetensors")
             if not allow_pickle:
                 raise BadInput(
                     f"{path}: only pickled weights ({pickled[0].name}) found; a pickle can run code when it is opened. Convert "
                     "the checkpoint to safetensors, or pass --allow-pickle if you trust it"
                 )
             for file in pickled:
-                self._pickled.update(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+                self._pickled.update(_read_pickle(file))
             self.where = dict.fromkeys(self._pickled, pickled[0])
             return
         self.where: dict[str, Path] = {}
@@ -277,11 +286,11 @@ def _weight_files(path: Path) -> list[Path]:
         single = path / "model.safetensors"
         return [single] if single.exists() else sorted(path.glob("*.safetensors"))
     weight_map = _read_json(path / INDEX, "cannot be read:").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise BadInput(f"{path / INDEX}: holds no weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise BadInput(f"{path / INDEX}: holds no weight_map from tensors to files")
     files = []
     for name in sorted(set(weight_map.values())):
-        relative = Path(str(name))
+        relative = Path(name)
         if relative.is_absolute() or ".." in relative.parts:
             raise BadInput(f"{path / INDEX}: entry {name!r} points outside the checkpoint's directory; refusing to read it")
         if not (path / relative).is_file():
@@ -305,6 +314,8 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
             header = json.loads(stream.read(length)) if length <= file.stat().st_size else None
         if header is None:
             raise ValueError("header is cut off")
+        if not isinstance(header, dict):
+            raise ValueError("header is no JSON object")
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != file.stat().st_size:
@@ -312,8 +323,21 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         with safe_open(file, framework="pt"):
             pass
         return {key: (tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for key, entry in header.items()}
-    except (ValueError, KeyError, TypeError, struct.error, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error, SafetensorError) as error:
         raise BadInput(f"{file}: truncated or damaged safetensors file ({error}); download it again") from None
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    except UnpicklingError:
+        raise BadInput(f"{file}: holds more than tensors, and opening that could run code; refusing to read it") from None
+    except Exception as error:  # torch raises every kind of exception for a damaged file
+        reason = explain(error).partition(". ")[0]
+        raise BadInput(f"{file}: truncated or damaged pickle ({reason}); download it again") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise BadInput(f"{file}: expected tensors by name, it holds something else")
+    return content
 
 
 def digest_files(files: list[Path]) -> str:
@@ -337,7 +361,7 @@ def _read_json(file: Path, complaint: str) -> dict[str, Any]:
         value = json.loads(file.read_text())
     except FileNotFoundError:
         raise BadInput(f"{file.parent} {complaint} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file}: cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{file}: expected a JSON object")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -10,10 +11,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from compress.errors import BadInput, CompressError, GateMissed
 
+
+class _Interrupted(Exception):
+    """Control-C, under a name that no version of typer handles in its own way."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,11 +68,8 @@ def _recipe(model: str | None, passes: list[str] | None, recipe: str | None, **o
     content["model"] = model or base.model
     for group in ("calibration", "evaluation"):
         own = {key: value for key, value in options.pop(group).items() if value is not None}
-        before = getattr(base, group)
-        if own and before is not None:
-            content[group] = type(before).model_validate(before.model_dump() | own)
-        elif own:
-            content[group] = own
+        if own:
+            content[group] = dict(content[group] or {}) | own
     content |= {key: value for key, value in options.items() if value is not None}
     return Recipe.parse(content, recipe or "command line")
 
@@ -92,7 +105,7 @@ def run_command(
     )  # fmt: skip
     if no_eval:
         settings = settings.model_copy(update={"evaluation": None})
-    gates = Gates(min_recovery=min_recovery, max_bytes=parse_bytes(max_bytes) if max_bytes else None, max_kl=max_kl)
+    gates = Gates(min_recovery=min_recovery, max_bytes=parse_bytes(max_bytes) if max_bytes is not None else None, max_kl=max_kl)
     with Bar("compress", enabled=not quiet) as bar:
         result = run(settings, out=out, overwrite=overwrite, progress=bar, gates=gates)
     if as_json:
@@ -145,11 +158,11 @@ def eval_command(
     """Measure any artifact or checkpoint: tasks, divergence from its base, size and speed."""
     from compress.evaluation import evaluate_artifact
     from compress.progress import Bar
-    from compress.recipe import Evaluation
 
-    settings = Evaluation(tasks=_split(tasks) or (), include=tuple(include or ()), limit=limit)
+    evaluation = {"tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None}
+    settings = _recipe(None, None, None, calibration={}, evaluation=evaluation, device=device, dtype=dtype)
     with Bar("eval") as bar:
-        report = evaluate_artifact(model, base, settings, device or "cpu", dtype or "auto", out, bar)
+        report = evaluate_artifact(model, base, settings.evaluation, settings.device, settings.dtype, out, bar)
     if as_json:
         typer.echo(report.model_dump_json())
         return
@@ -233,14 +246,11 @@ def main() -> None:
     except CompressError as error:
         _fail("failed", error, 1)
     except OSError as error:
-        if error.errno == 28:
-            _fail(
-                "error",
-                f"the disk is full ({error.filename or 'no space left'}); free some and run the same command to resume",
-                2,
-            )
-        raise
-    except KeyboardInterrupt:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _fail("error", f"{error.strerror}: {error.filename or 'output'}; make room, then run the same command to resume", 2)
+        logging.getLogger(__name__).info("where it failed:", exc_info=True)
+        _fail("failed", error, 1)
+    except _Interrupted:
         _fail("interrupted", "run the same command again to resume", 130)
 
 

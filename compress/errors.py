@@ -1,4 +1,6 @@
-"""The two ways in which a run stops on purpose; the command line maps them to exit codes 2 and 1."""
+"""How a run stops on purpose, which the command line maps to exit codes, and how other libraries' errors are put in a line."""
+
+from pydantic import ValidationError
 
 
 class CompressError(Exception):
@@ -11,3 +13,16 @@ class BadInput(CompressError, ValueError):
 
 class GateMissed(CompressError):
     """The artifact was made but does not meet a condition; exit code 3."""
+
+
+def explain(error: Exception) -> str:
+    """Any error as one line; of a pydantic error, which field, what is wrong, what was given."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split()) or type(error).__name__
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        given = "" if item["type"] in ("missing", "value_error", "json_invalid") else f" (got {item['input']!r})"
+        parts.append(f"{where + ': ' if where else ''}{message}{given}")
+    return "; ".join(parts)

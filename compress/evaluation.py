@@ -21,17 +21,16 @@ from torch import nn
 from compress import __version__
 from compress.calibration import load_tokenizer, read_text, window_length, windows
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput
+from compress.errors import BadInput, explain
 from compress.eval.baselines import baseline_directory, baseline_key, cached_baseline
 from compress.eval.cost import artifact_cost, measure_speed
 from compress.eval.fidelity import base_logprobs, compare
 from compress.eval.harness import check_tasks, evaluate
 from compress.eval.metrics import Metrics, Protocol, Report, merge, versions
 from compress.eval.report import write_report
-from compress.loader import register
 from compress.manifest import Manifest
 from compress.passes import Pass
-from compress.progress import Progress
+from compress.progress import Progress, no_foreign_bars
 from compress.recipe import Evaluation, Recipe
 
 TEXT_TASK, FACTS_TASK = "demo_text", "demo_facts"
@@ -40,16 +39,8 @@ TEXT_TASK, FACTS_TASK = "demo_text", "demo_facts"
 def load_model(path: Path, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> nn.Module:
     """Open a checkpoint or artifact of any tier with transformers, for evaluation."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    register()
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device).eval()
 
 
@@ -124,7 +115,8 @@ class Judge:
         """The base model's measurements, from the cache where it was measured before."""
         found = cached_baseline(self.key, lambda: self._measure(self.base.path, self._measure_base))
         if not self._logprobs.exists():
-            self._model_then(self.base.path, self._measure_base)
+            with no_foreign_bars():
+                self._measure_base(load_model(self.base.path, self.dtype, self.device, self.base.trust_remote_code))
         return found
 
     def metrics(self, artifact: Path, label: str, parent: str | None = None) -> Metrics:
@@ -152,35 +144,20 @@ class Judge:
         base_logprobs(model, self.windows.tokens, self._logprobs)
         return {}
 
-    def _model_then(self, path: Path, then: Callable[[nn.Module], dict[str, Any]]) -> dict[str, Any]:
-        return then(load_model(path, self.dtype, self.device, self.base.trust_remote_code))
-
     def _measure(self, path: Path, finish: Callable[[nn.Module], dict[str, Any]]) -> Metrics:
         self.progress(0, 1, f"evaluating {path.name if path != self.base.path else self.name}")
-        model = load_model(path, self.dtype, self.device, self.base.trust_remote_code)
-        more = finish(model)
-        tasks = evaluate(
-            model,
-            self.tokenizer,
-            self.evaluation,
-            device=self.device,
-            max_length=self._context(),
-            task_manager=self.manager,
-        )
-        cost = artifact_cost(path, manifest_size(Manifest.read(path)))
-        cost = cost.model_copy(update={"speed": measure_speed(model)})
+        context = getattr(self.base.config, "max_position_embeddings", None)
+        with no_foreign_bars():
+            model = load_model(path, self.dtype, self.device, self.base.trust_remote_code)
+            more = finish(model)
+            tasks = evaluate(
+                model, self.tokenizer, self.evaluation, device=self.device, max_length=context, task_manager=self.manager
+            )
+            speed = measure_speed(model)
+        cost = artifact_cost(path, manifest_size(Manifest.read(path))).model_copy(update={"speed": speed})
         return Metrics(
-            label=self.name,
-            model=self.name,
-            digest=self.base.digest,
-            cost=cost,
-            tasks=tasks,
-            protocol=self.protocol,
-            **more,
+            label=self.name, model=self.name, digest=self.base.digest, cost=cost, tasks=tasks, protocol=self.protocol, **more
         )
-
-    def _context(self) -> int | None:
-        return getattr(self.base.config, "max_position_embeddings", None)
 
 
 def manifest_size(manifest: Manifest | None) -> dict[str, Any]:
@@ -295,8 +272,14 @@ def chart_artifacts(sources: list[Path], out: Path) -> Path:
     files = [source / "metrics.json" if source.is_dir() else source for source in sources]
     if absent := [str(file) for file in files if not file.is_file()]:
         raise BadInput(f"no measurements at {', '.join(absent)}; run `compress eval` on it first")
+    reports = []
+    for file in files:
+        try:
+            reports.append(Report.load(file))
+        except ValueError as error:
+            raise BadInput(f"{file}: not measurements that compress wrote: {explain(error)}") from None
     try:
-        report = merge([Report.load(file) for file in files])
+        report = merge(reports)
     except ValueError as error:
         raise BadInput(f"these measurements do not go into one chart: {error}") from None
     out.mkdir(parents=True, exist_ok=True)

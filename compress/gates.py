@@ -41,7 +41,7 @@ class Gates(BaseModel):
 
 def parse_bytes(text: str) -> int:
     """``2.5GB``, ``800MiB`` or a plain number as bytes. Raises :class:`BadInput`."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?\s*", text.lower())
+    match = re.fullmatch(r"\s*([0-9]{0,18}\.?[0-9]{1,18})\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS:
-        raise BadInput(f"{text!r} is no size; write 2.5GB, 800MB, 1GiB or a number of bytes")
+        raise BadInput(f"--max-bytes: {text!r} is no size; write 2.5GB, 800MB, 1GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2]])

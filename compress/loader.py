@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -26,13 +26,20 @@ class LowRankLinear(nn.Module):
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
 
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias of the layer, which ``up`` adds."""
+        return self.up.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)."""
         return self.up(self.down(x))
 
 
 def linear_shape(module: Any) -> tuple[int, int]:
-    """(out, in) of an nn.Linear or a Conv1D."""
+    """(out, in) of an nn.Linear, a Conv1D or a low-rank layer."""
+    if isinstance(module, LowRankLinear):
+        return module.up.out_features, module.down.in_features
     n_rows, n_columns = module.weight.shape
     return (n_columns, n_rows) if isinstance(module, Conv1D) else (n_rows, n_columns)
 
@@ -99,8 +106,3 @@ class CompressForCausalLM(PreTrainedModel):
             config = CompressConfig.from_pretrained(pretrained_model_name_or_path)
         model_class = classes(config.base_model_type)[1]
         return model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-
-
-def register() -> None:
-    """Let AutoConfig and AutoModelForCausalLM open artifacts without remote code; done by ``import compress``."""
-    AutoConfig.register(MODEL_TYPE, CompressConfig, exist_ok=True)

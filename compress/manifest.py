@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from compress.errors import BadInput
+from compress.errors import BadInput, explain
 
 FILE = "compress_manifest.json"
 
@@ -82,7 +82,7 @@ class Manifest(BaseModel):
         try:
             return cls.model_validate_json(file.read_text())
         except ValueError as error:
-            raise BadInput(f"{file}: damaged manifest: {error}") from None
+            raise BadInput(f"{file}: damaged manifest: {explain(error)}") from None
 
     def write(self, directory: Path) -> None:
         """Write the manifest into ``directory``."""

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from compress.errors import BadInput
+from compress.errors import BadInput, explain
 from compress.passes import Pass, Taxon, format_value
 
 FAMILIES = ("quant", "prune", "lowrank", "distill")
@@ -78,21 +78,10 @@ def parse(text: str) -> Pass:
     return build(key.strip(), settings)
 
 
-def explain(error: ValidationError) -> str:
-    """A pydantic error as one line: which field, what is wrong, what was given."""
-    parts = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        given = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
-        parts.append(f"{where + ': ' if where else ''}{message}{given}")
-    return "; ".join(parts)
-
-
-def did_you_mean(word: str, known) -> str:
-    """``, did you mean 'x'?`` or nothing."""
-    close = get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
+def did_you_mean(word: object, known) -> str:
+    """`` (did you mean 'x'?)`` or nothing."""
+    close = get_close_matches(str(word), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def options(method: type[Pass]) -> list[tuple[str, str, str]]:

@@ -51,7 +51,7 @@ class Needs(NamedTuple):
 class Pass(BaseModel):
     """Configuration and behaviour of one compression step; see :class:`LinearPass` and :class:`TrainPass`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     taxon: ClassVar[Taxon]
     paper: ClassVar[str]
@@ -145,16 +145,18 @@ class TrainPass(Pass):
     ranks, codes and zero points stay); "blocks": norms and biases too; "everything": embeddings and output head too.
     """
 
-    steps: int = Field(200, ge=1)
-    batch_size: int = Field(8, ge=1)
-    accumulate: int = Field(1, ge=1)
-    length: int | None = Field(None, ge=2)
-    data: str | None = None
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clip: float = Field(1.0, gt=0)
-    trains: Literal["weights", "blocks", "everything"] = "blocks"
+    steps: int = Field(200, ge=1, description="optimiser steps")
+    batch_size: int = Field(8, ge=1, description="sequences per step")
+    accumulate: int = Field(1, ge=1, description="parts in which a step's batch is computed")
+    length: int | None = Field(None, ge=2, description="tokens per sequence; none: the calibration's")
+    data: str | None = Field(None, description="text to train on; none: the calibration's")
+    learning_rate: float = Field(1e-4, gt=0, description="peak, followed by half a cosine")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0, description="of matrices and factors")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of all gradients together")
+    trains: Literal["weights", "blocks", "everything"] = Field(
+        "blocks", description="weights: linear layers; blocks: norms and biases too; everything: embeddings and head too"
+    )
 
     @model_validator(mode="after")
     def _parts_are_equal(self) -> TrainPass:

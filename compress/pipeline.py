@@ -7,6 +7,7 @@ command after a crash continues at the last finished block.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
 from compress.artifact import carry_records, write_artifact, write_card
 from compress.calibration import Windows, load_tokenizer, read_text, window_length, windows
@@ -31,7 +32,7 @@ from compress.skeleton import Skeleton
 from compress.stream import Stream, Streamed, check_targets
 from compress.training_stage import train_stage
 from compress.verify import Verification, save_probe, verify
-from compress.workspace import Workspace
+from compress.workspace import Workspace, check_not_source, check_output
 from compress.writer import BlockStore, write_text
 
 log = logging.getLogger(__name__)
@@ -143,11 +144,12 @@ def run(
     source, target = model if model is not None else recipe.model, out if out is not None else recipe.output
     if source is None or target is None:
         raise BadInput("a run needs a model and an output directory: name them in the recipe or in the call")
+    target = Path(target).expanduser()
     if not recipe.passes:
         raise BadInput("the recipe has no passes; `compress methods` lists what there is")
-    with _live(source, tokenizer, Path(target)) as path:
+    with _live(source, tokenizer, target) as path:
         name = str(source) if isinstance(source, str | Path) else type(source).__name__
-        return _Run(recipe, path, name, Path(target), overwrite, progress, gates or Gates()).execute()
+        return _Run(recipe, path, name, target, overwrite, progress, gates or Gates()).execute()
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -183,8 +185,7 @@ class _Run:
         self.gates = gates
         gates.check_measurable(recipe.evaluation is not None)
         self.checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle)
-        if self.checkpoint.path.resolve() == out.resolve():
-            raise BadInput(f"{out}: the output would replace its own source; choose another directory")
+        check_not_source(out, self.checkpoint.path)
         self.dtype = compute_dtype(recipe.dtype, recipe.device, stored_dtype(self.checkpoint))
         self.stages = stages(recipe.passes, recipe.fuse)
         self.lineage = self.checkpoint.manifest
@@ -192,7 +193,8 @@ class _Run:
     def execute(self) -> Result:
         """All phases in order."""
         prepared = self._validate()
-        identity = f"{self.recipe.fingerprint()}-{self.checkpoint.digest}-{self.dtype}"
+        texts = "-".join(chosen.digest for chosen in (prepared, *self.training_windows.values()))
+        identity = f"{self.recipe.fingerprint()}-{self.checkpoint.digest}-{texts}-{self.dtype}"
         with Workspace(self.out, identity, self.overwrite) as workspace:
             workspace.check_space(2 * (self.plan.predicted_bytes + (len(self.stages) - 1) * self.checkpoint.nbytes))
             current = self.checkpoint
@@ -215,7 +217,7 @@ class _Run:
             assert manifest is not None
             write_card(artifact, manifest, _card_lines(metrics, report))
             if missed := self.gates.missed(manifest.nbytes, metrics):
-                rejected = self.out.with_name(self.out.name + ".rejected")
+                rejected = self.out.resolve().with_name(self.out.resolve().name + ".rejected")
                 workspace.publish(artifact, rejected)
                 raise GateMissed("; ".join(missed) + f". The artifact was kept as {rejected}")
             workspace.publish(artifact, self.out)
@@ -226,6 +228,7 @@ class _Run:
 
     def _validate(self) -> Windows:
         """Everything that can be wrong with the request, before any compute; returns the calibration windows."""
+        check_output(self.out, self.overwrite)
         check_device(self.recipe.device)
         skeleton = Skeleton(self.checkpoint)
         skeleton.check()
@@ -243,8 +246,10 @@ class _Run:
             log.warning(warning)
         texts, origin = read_text(settings.data, settings.column, settings.split)
         chosen = windows(self.tokenizer, texts, origin, n=settings.samples, length=length, seed=self.recipe.seed)
-        if self.out.exists() and not self.overwrite:
-            raise BadInput(f"{self.out} exists already; choose another -o, or pass --overwrite to replace it")
+        self.training_windows = {
+            number: self._training_windows(stage[0], chosen)
+            for number, stage in enumerate(self.stages) if isinstance(stage[0], TrainPass)
+        }  # fmt: skip
         self.progress(0, 1, "checking the source's weights")
         self.checkpoint.check_finite()
         return chosen
@@ -253,7 +258,7 @@ class _Run:
         store = BlockStore(directory / "blocks")
         if isinstance(stage[0], TrainPass):
             skeleton, streamed = train_stage(
-                source, self.checkpoint, stage[0], self._training_tokens(stage[0], chosen), chosen.tokens, store, directory,
+                source, self.checkpoint, stage[0], self.training_windows[number].tokens, chosen.tokens, store, directory,
                 seed=self.recipe.seed, device=self.recipe.device, dtype=self.dtype, progress=self.progress,
             )  # fmt: skip
         else:
@@ -286,14 +291,17 @@ class _Run:
         write_artifact(aside, skeleton, streamed, store, manifest)
         save_probe(aside, *streamed.probe)
         aside.rename(directory / "artifact")
+        for entry in directory.iterdir():  # blocks, activations, training state: the artifact holds all that is needed
+            if entry.name != "artifact":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
-    def _training_tokens(self, step: TrainPass, chosen: Windows) -> Tensor:
+    def _training_windows(self, step: TrainPass, chosen: Windows) -> Windows:
         length = window_length(step.length or chosen.tokens.shape[1], self.checkpoint.config)
         calibration = self.recipe.calibration
         data = step.data or calibration.data
         texts, origin = read_text(data, calibration.column, calibration.split, bundled="train")
         wanted = step.steps * step.batch_size
-        return windows(self.tokenizer, texts, origin, n=wanted, length=length, seed=self.recipe.seed, at_most=True).tokens
+        return windows(self.tokenizer, texts, origin, n=wanted, length=length, seed=self.recipe.seed, at_most=True)
 
 
 def stages(passes: Sequence[Pass], fuse: bool) -> list[list[Pass]]:
@@ -333,11 +341,10 @@ def compute_dtype(wanted: str, device: str, stored: torch.dtype) -> torch.dtype:
 def check_device(device: str) -> None:
     """Raise :class:`BadInput` for a device that torch does not know or find here."""
     try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise BadInput(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"--device {device}: this machine has no usable CUDA device; use --device cpu")
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise BadInput(f"--device {device}: not usable on this machine ({reason}); try --device cpu") from None
 
 
 def _step(step: Pass, stage: int) -> Step:

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel
 
 from compress.checkpoint import Checkpoint
+from compress.errors import BadInput
 from compress.export.compressed_tensors import check_readable
 from compress.loader import linear_shape
 from compress.passes import LinearPass, Pass, TrainPass
@@ -21,7 +22,7 @@ from compress.stats import LinearStats
 from compress.stream import apply, matrices
 from compress.weights import LowRank, Quantized, Weight
 
-_HEADER_BYTES_PER_TENSOR = 80
+_HEADER_BYTES_PER_TENSOR = 52  # of its entry in the header, without its name and the two offsets
 _FORWARD_TOKENS = 4096
 
 
@@ -113,7 +114,10 @@ def _outline(skeleton: Skeleton, passes: Sequence[LinearPass]) -> tuple[dict[str
         for step in passes:
             if step.matches(name):
                 before, stats = weight, LinearStats(weight.shape[1], (), "meta")
-                weight = apply(step, before, stats, outline=True)
+                try:
+                    weight = apply(step, before, stats, outline=True)
+                except ValueError as error:
+                    raise BadInput(f"{step.label()} at {name}: {error}") from None
                 if step.factorises and isinstance(weight, LowRank) and not isinstance(before, LowRank):
                     lost = "mask" if before.mask is not None else "grid" if isinstance(before, Quantized) else None
                     if lost:
@@ -128,16 +132,16 @@ def _file_bytes(skeleton: Skeleton, weights: dict[str, Weight]) -> int:
     others = skeleton.outer_names() + [
         skeleton.file_name(n) for i in range(len(skeleton.blocks)) for n in skeleton.block_names(i)
     ]
-    total = 0
-    for name in others:
-        tensor = checkpoint.meta(skeleton.outer_source(name))
-        total += tensor.numel() * tensor.element_size() + _HEADER_BYTES_PER_TENSOR + len(name)
+    total = sum(checkpoint.meta(skeleton.outer_source(name)).nbytes for name in others)
+    total += sum(weight.nbytes for weight in weights.values())
+    names = list(others)
     for name, weight in weights.items():
-        total += weight.nbytes
         for module, matrix in matrices(name, weight):
-            n_tensors = 1 if not isinstance(matrix, Quantized) else 3 + (matrix.zero_point is not None)
-            total += n_tensors * (_HEADER_BYTES_PER_TENSOR + len(module) + 7)
-    return total
+            packed = ("weight_packed", "weight_scale", "weight_shape") if isinstance(matrix, Quantized) else ("weight",)
+            names += [f"{module}.{part}" for part in packed]
+            if isinstance(matrix, Quantized) and matrix.zero_point is not None:
+                names.append(f"{module}.weight_zero_point")
+    return total + sum(_HEADER_BYTES_PER_TENSOR + len(name) + 2 * len(str(total)) for name in names)
 
 
 def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int, dtype: torch.dtype) -> int:
@@ -183,7 +187,7 @@ def _block_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
 
 def operations_per_second(dtype: torch.dtype) -> float:
     """Speed of a matrix product on this machine's CPU, from one that takes milliseconds."""
-    matrix = torch.randn(512, 512).to(dtype)
+    matrix = torch.ones(512, 512, dtype=dtype)
     torch.mm(matrix, matrix)
     start = time.perf_counter()
     for _ in range(4):

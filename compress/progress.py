@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from types import TracebackType
 
 Progress = Callable[[int, int, str], None]
@@ -10,6 +13,13 @@ Progress = Callable[[int, int, str], None]
 
 def silent(done: int, total: int, message: str) -> None:
     """Report nothing."""
+
+
+@contextmanager
+def no_foreign_bars() -> Iterator[None]:
+    """Keep the progress bars that other libraries draw on stderr out of ours. Logging still arrives."""
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 class Bar:
@@ -22,7 +32,7 @@ class Bar:
 
         self._bar = RichProgress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), transient=True, disable=not enabled,
+            console=Console(file=sys.stderr), transient=True, disable=not enabled,
         )  # fmt: skip
         self._title = title
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from compress import methods
-from compress.errors import BadInput
+from compress.errors import BadInput, explain
 from compress.passes import Pass
 
 
@@ -89,11 +89,11 @@ class Recipe(_Settings):
         if not file.suffix and not file.exists():
             file = preset(str(source))
         try:
-            content = yaml.safe_load(file.read_text())
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise BadInput(f"{source}: no such recipe file") from None
-        except (OSError, yaml.YAMLError) as error:
-            raise BadInput(f"{source}: cannot be read as YAML: {error}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise BadInput(f"{source}: cannot be read as YAML: {explain(error)}") from None
         if not isinstance(content, dict):
             raise BadInput(f"{source}: a recipe is a mapping with the keys {', '.join(cls.model_fields)}")
         return cls.parse(content, str(source))
@@ -101,14 +101,16 @@ class Recipe(_Settings):
     @classmethod
     def parse(cls, content: dict[str, Any], origin: str = "recipe") -> Recipe:
         """Build from plain data. Raises :class:`BadInput`."""
-        for key in content:
-            if key not in cls.model_fields:
-                known = ", ".join(cls.model_fields)
-                raise BadInput(f"{origin}: unknown key {key!r}{methods.did_you_mean(key, cls.model_fields)}; keys: {known}")
+        for group, part in (("", cls), ("calibration", Calibration), ("evaluation", Evaluation)):
+            own = content.get(group) if group else content
+            for key in own if isinstance(own, dict) else ():
+                if key not in part.model_fields:
+                    where, known = f"{origin}: {group}".removesuffix(": "), ", ".join(part.model_fields)
+                    raise BadInput(f"{where}: unknown key {key!r}{methods.did_you_mean(key, part.model_fields)}; keys: {known}")
         try:
             return cls(**content)
         except ValidationError as error:
-            raise BadInput(f"{origin}: {methods.explain(error)}") from None
+            raise BadInput(f"{origin}: {explain(error)}") from None
 
     def dump(self) -> str:
         """The recipe as YAML; :meth:`load` reads it back to an equal one."""

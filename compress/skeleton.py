@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.arch import Architecture
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput
+from compress.errors import BadInput, explain
 from compress.loader import LowRankLinear, linear_shape, reshape_module
 from compress.weights import LowRank, Masked, Quantized, Weight
 
@@ -50,6 +50,8 @@ class Skeleton:
         self.arch: Architecture = checkpoint.arch
         self.model: Any = build_empty(checkpoint)
         self.blocks: nn.ModuleList = self.model.get_submodule(self.arch.blocks)  # type: ignore[assignment]
+        if not len(self.blocks):
+            raise BadInput(f"{checkpoint.path / 'config.json'}: a model with no decoder blocks")
         self._conv1d = {n for n in self.arch.linears if type(self.blocks[0].get_submodule(n)).__name__ == "Conv1D"}
         matrices = {f"{local}.weight" for local in self.arch.linears}
         self._block_names = [[name for name in block.state_dict() if name not in matrices] for block in self.blocks]
@@ -97,12 +99,21 @@ class Skeleton:
                 name = self.module_name(index, local)
                 expected = linear_shape(self.blocks[index].get_submodule(local))
                 weight = self.checkpoint.weight(name, conv1d=self.is_conv1d(local), meta=True)
-                if weight.shape != expected and not isinstance(weight, Quantized | Masked):
+                if weight.shape != expected:
                     raise BadInput(f"{name}: the file holds a matrix of {weight.shape}, config.json asks for {expected}")
+            self._check_block_shapes(index)
         for name in self.outer_names():
-            shape, found = tuple(self._outer(name).shape), tuple(self.checkpoint.meta(self.outer_source(name)).shape)
-            if found != shape:
-                raise BadInput(f"{name}: the file holds a tensor of {found}, config.json asks for {shape}")
+            self._check_shape(name, self._outer(name), self.outer_source(name))
+
+    def _check_block_shapes(self, index: int) -> None:
+        state = self.blocks[index].state_dict()
+        for local, name in zip(self._block_names[index], self.block_names(index), strict=True):
+            self._check_shape(name, state[local], self.file_name(name))
+
+    def _check_shape(self, name: str, own: Tensor, source: str) -> None:
+        found, wanted = tuple(self.checkpoint.meta(source).shape), tuple(own.shape)
+        if found != wanted:
+            raise BadInput(f"{name}: the file holds a tensor of {found}, config.json asks for {wanted}")
 
     def outer_source(self, name: str) -> str:
         """The file's tensor for an outer parameter; a tied embedding may be stored under its head's name only."""
@@ -137,12 +148,10 @@ class Skeleton:
 
     def install(self, block: nn.Module, local: str, weight: Weight) -> None:
         """Make the block's linear layer ``local`` compute with ``weight``; its bias is kept."""
-        module = block.get_submodule(local)
+        module: Any = block.get_submodule(local)
         kind = shape_kind(weight, type(module).__name__ == "Conv1D")
         if kind is not None and not (kind["kind"] == "low_rank" and _rank(module) == kind["rank"]):
-            bias = _bias(module)
-            if isinstance(module, LowRankLinear):
-                raise RuntimeError(f"{local}: a low-rank layer cannot change its rank in place")
+            bias = module.bias
             with torch.device("meta"):
                 module = reshape_module(module, **kind)
             if bias is not None:
@@ -229,8 +238,10 @@ def build_empty(checkpoint: Checkpoint) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise BadInput(f"{checkpoint.path}: transformers cannot build this model: {error}") from None
+    except BadInput:
+        raise
+    except Exception as error:  # every kind of exception, depending on what is wrong with the configuration
+        raise BadInput(f"{checkpoint.path}: transformers cannot build the model of its config.json: {explain(error)}") from None
     model.tie_weights()
     return model.eval()
 
@@ -250,9 +261,9 @@ def fill_linear(module: nn.Module, weight: Weight, device: torch.device | str, d
         fill_linear(module.up, weight.up, device, dtype)  # type: ignore[arg-type]
         return
     values = weight.map(lambda tensor: tensor.to(device)).dense(dtype)
-    if type(module).__name__ == "Conv1D":
-        values = values.T.contiguous()
-    _assign(module, "weight", values, True)
+    values = values.T if type(module).__name__ == "Conv1D" else values
+    # In the layout of a file, so that a block computes the same bits whether it was just compressed or is read back.
+    _assign(module, "weight", values.contiguous(), True)
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None:
@@ -266,7 +277,3 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, is_parameter: bool) ->
 
 def _rank(module: nn.Module) -> int | None:
     return module.down.out_features if isinstance(module, LowRankLinear) else None
-
-
-def _bias(module: nn.Module) -> nn.Parameter | None:
-    return module.up.bias if isinstance(module, LowRankLinear) else module.bias  # type: ignore[return-value]

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 OUTER = "outer"
 _TOKENS_PER_FORWARD = 4096
+_ENERGY_PANEL = 512
 PROBE_SEQUENCES, PROBE_LENGTH = 2, 64
 
 
@@ -159,12 +160,13 @@ class Stream:
         for step_groups in [(group,) for group in groups] if self.sequential else [groups]:
             gathered = self._collect(index, block, step_groups, weights)
             for group in step_groups:
+                stats = gathered.pop(group, None)
                 for local in group:
                     name = skeleton.module_name(index, local)
                     before, applied = weights[local], [step for step in self.passes if step.matches(name)]
                     for step in applied:
-                        weights[local] = self._apply(step, name, weights[local], gathered.get(group))
-                    records[name] = describe(name, weights[local], before, [s.label() for s in applied], gathered.get(group))
+                        weights[local] = self._apply(step, name, weights[local], stats)
+                    records[name] = describe(name, weights[local], before, [s.label() for s in applied], stats)
                     if applied:
                         skeleton.install(block, local, weights[local])
         self._write(index, block, weights, records)
@@ -217,6 +219,8 @@ class Stream:
             result = apply(step, on_device, stats or LinearStats(weight.shape[1], (), device))
         except torch.OutOfMemoryError:
             raise CompressError(f"{step.method()} at {name}: out of memory; use fewer --samples or --device cpu") from None
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise CompressError(f"{step.method()} at {name}: {error}") from error
         if not step.factorises:
             assert_structure_kept(f"{step.method()} at {name}", structure(on_device), result)
         return result
@@ -345,8 +349,19 @@ def errors(weight: Weight, before: Weight, stats: LinearStats | None) -> tuple[f
     if stats is None or not stats.allowed & {"hessian", "covariance"}:
         return weight_error, None
     hessian = (stats.hessian if "hessian" in stats.allowed else stats.covariance.float()).to(old.device)
-    energy = ((old @ hessian) * old).sum().clamp_min(1e-30)
-    return weight_error, float(((change @ hessian) * change).sum() / energy)
+    return weight_error, float(_energy(change, hessian) / _energy(old, hessian).clamp_min(1e-30))
+
+
+def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """trace(A H A^T) of A (out, in) and a symmetric H: by its diagonal and its upper triangle, half the work."""
+    total = torch.zeros((), device=matrix.device)
+    for start in range(0, len(hessian), _ENERGY_PANEL):
+        stop = start + _ENERGY_PANEL
+        part = matrix[:, start:stop]
+        total += ((part @ hessian[start:stop, start:stop]) * part).sum()
+        if stop < len(hessian):
+            total += 2 * ((matrix[:, stop:] @ hessian[stop:, start:stop]) * part).sum()
+    return total
 
 
 def _packed(name: str, entry: dict[str, Any]) -> list[tuple[str, int]]:
@@ -363,7 +378,10 @@ def check_targets(passes: Sequence[LinearPass], names: Sequence[str]) -> None:
     """Raise :class:`BadInput` for a pass that compresses nothing."""
     for step in passes:
         if not any(step.matches(name) for name in names):
-            raise BadInput(f"{step.label()}: targets {list(step.targets)} match none of the {len(names)} linear layers")
+            raise BadInput(
+                f"{step.label()}: targets {list(step.targets)} without skip {list(step.skip)} match none of the {len(names)} "
+                f"linear layers, such as {names[0]}"
+            )
 
 
 @torch.no_grad()

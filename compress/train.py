@@ -27,7 +27,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -38,6 +37,7 @@ from compress.errors import BadInput, CompressError
 from compress.passes import Signal, TrainPass
 from compress.progress import Progress
 from compress.weights import LowRank, Masked, Quantized, Weight
+from compress.writer import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -374,7 +374,7 @@ def _save_state(state: _State, parameters: Parameters, optimizer: Optimizer, his
     for name, value in parameters.items():
         tensors |= {f"{key}/{name}": moment for key, moment in optimizer.state.get(value, {}).items()}
     aside = state.path.with_suffix(".part")
-    save_file(tensors, aside, {"training": json.dumps({"fingerprint": state.fingerprint, "history": history})})
+    save_tensors(tensors, aside, {"training": json.dumps({"fingerprint": state.fingerprint, "history": history})})
     with aside.open("rb") as file:
         os.fsync(file.fileno())
     aside.replace(state.path)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.errors import BadInput, CompressError
+from compress.writer import save_tensors
 
 PROBE = "verification/probe.safetensors"  # in a folder: readers take every *.safetensors beside the weights for weights
 STOCK_LIMIT_BYTES = 2 << 30
@@ -46,7 +47,7 @@ class Verification(BaseModel):
 def save_probe(directory: Path, tokens: Tensor, logits: Tensor) -> None:
     """Keep the expected logits (batch, length, V) beside the artifact, so that it can be verified again anywhere."""
     (directory / PROBE).parent.mkdir(exist_ok=True)
-    save_file({"tokens": tokens.contiguous(), "logits": logits.contiguous()}, directory / PROBE)
+    save_tensors({"tokens": tokens.contiguous(), "logits": logits.contiguous()}, directory / PROBE)
 
 
 def verify(directory: Path, *, dtype: str, device: str = "cpu", full: bool | None = None) -> Verification:
@@ -83,7 +84,7 @@ def verify_artifact(directory: Path, *, device: str = "cpu", full: bool | None =
     from compress.manifest import Manifest
     from compress.skeleton import Skeleton
 
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint(directory)
     manifest = Manifest.read(directory)
     if manifest is None or not (directory / PROBE).exists():
         raise BadInput(f"{directory}: not an artifact of compress: it has no manifest or no probe to verify by")

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 MAX_SHARD_BYTES = 5 * 10**9
 _LENGTH_BYTES = 8  # the header's length, little-endian
-_ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES = {
+    "F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
 
 
 class BlockStore:
@@ -40,7 +45,7 @@ class BlockStore:
         """Store a part. The record is renamed last: it is what says that the part is done."""
         file = self._file(part)
         aside = file.with_suffix(".writing")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, aside, metadata={"format": "pt"})
+        save_tensors({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, aside, {"format": "pt"})
         _sync(aside)
         os.replace(aside, file)
         write_text(file.with_suffix(".json"), json.dumps(record))
@@ -126,6 +131,17 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     return header, _LENGTH_BYTES + length
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises the OSError of a full disk, which that library wraps in an exception of its own."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
 def write_text(file: Path, text: str) -> None:

@@ -28,8 +28,8 @@ class LogitKD(TrainPass):
     paper: ClassVar[str] = "1503.02531"
     needs: ClassVar[Needs] = Needs(teacher=True)
 
-    temperature: float = Field(1.0, gt=0)
-    chunk: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0, description="divides both models' logits")
+    chunk: int = Field(256, ge=1, description="tokens whose logits exist at one time")
 
     def loss(self, student: Signal, teacher: Signal | None, targets: Tensor) -> Tensor:
         """T**2 * mean over tokens of KL(teacher || student), in nats; ``targets`` are not read."""

@@ -129,12 +129,9 @@ def evaluate(
     with redirect_stdout(sys.stderr):
         _seed_everything(evaluation.seed)
         with _quiet(logging.ERROR):  # a preloaded model and defaulted metrics are warned about, and both are meant
-            lm = _without_bars(HFLM)(
-                pretrained=model.to(device),
-                tokenizer=tokenizer,
-                batch_size=evaluation.batch_size,
-                max_length=max_length,
-            )
+            wrap: Any = HFLM
+            model = model.to(device)
+            lm = wrap(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.batch_size, max_length=max_length)
             loaded = manager.load(list(evaluation.tasks))
         with _quiet(logging.WARNING):
             for task in loaded["tasks"].values():
@@ -150,22 +147,6 @@ def evaluate(
     if results is None:
         raise RuntimeError("lm-eval returned no results on this rank")
     return _scores(results, evaluation.tasks)
-
-
-def _without_bars(base: Any) -> Any:
-    """lm-eval's model class without its progress bars, of which rolling tasks draw one for every document."""
-
-    class QuietModel(base):
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **options: Any) -> Any:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().generate_until(requests, disable_tqdm=True)
-
-    return QuietModel
 
 
 def _set_shots(task: Any, evaluation: EvaluationSettings) -> None:

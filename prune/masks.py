@@ -30,6 +30,16 @@ def kept_of(pattern: str) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
+def check_divides(pattern: str, n_outputs: int, n_inputs: int) -> None:
+    """Raise ValueError for a pattern "N:M" of which M does not divide the inputs of an (out, in) matrix."""
+    kept = kept_of(pattern)
+    if kept is not None and n_inputs % kept[1]:
+        raise ValueError(
+            f"pattern {pattern} needs inputs in multiples of {kept[1]}, but a matrix is {n_outputs} x {n_inputs}; "
+            "skip that layer or use the pattern 'row'"
+        )
+
+
 def lowest(scores: Tensor, sparsity: float, pattern: str) -> Tensor:
     """Remove the weights of lowest score: the mask of those kept, (out, in) bool.
 
@@ -44,11 +54,7 @@ def lowest(scores: Tensor, sparsity: float, pattern: str) -> Tensor:
         rows = scores if pattern == "row" else scores.reshape(1, -1)
         return _all_but_lowest(rows, int(rows.shape[1] * sparsity)).reshape(n_outputs, n_inputs)
     n_kept, n_together = kept
-    if n_inputs % n_together:
-        raise ValueError(
-            f"pattern {pattern} needs inputs in multiples of {n_together}, but a matrix is {n_outputs} x {n_inputs}; "
-            "skip that layer or use the pattern 'row'"
-        )
+    check_divides(pattern, n_outputs, n_inputs)
     groups = scores.unflatten(1, (-1, n_together))
     if n_together <= _FEW:
         return _highest_of_few(groups, n_kept).flatten(1)
@@ -99,7 +105,11 @@ class Pruner(LinearPass):
         if not isinstance(pattern, str) or not _KEPT_OF.fullmatch(pattern) or not (kept := kept_of(pattern)):
             return data
         implied = 1 - kept[0] / kept[1]
-        if abs(float(data.get("sparsity", implied)) - implied) > 1e-6:
+        try:
+            differs = abs(float(data.get("sparsity", implied)) - implied) > 1e-6
+        except (TypeError, ValueError):  # the field's own validation says what is wrong
+            return data
+        if differs:
             raise ValueError(f"pattern {pattern} means sparsity {implied:g}; leave sparsity={data['sparsity']} out")
         return {**data, "sparsity": implied}
 
@@ -117,4 +127,5 @@ class Pruner(LinearPass):
         return Masked(Dense(weight.masked_fill(~kept, 0)), kept)
 
     def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
+        check_divides(self.pattern, *weight.shape)
         return Masked(Dense(weight.to("meta")), torch.empty(weight.shape, dtype=torch.bool, device="meta"))

@@ -16,18 +16,18 @@ from compress.progress import Progress
 from compress.recipe import Calibration, Evaluation, Recipe
 
 RECIPES: tuple[tuple[str, ...], ...] = (
-    ("rtn:bits=8",),
     ("rtn:bits=4",),
-    ("gptq:bits=4",),
+    ("rtn:bits=2,group_size=64",),
     ("gptq:bits=3",),
-    ("magnitude:sparsity=0.5",),
-    ("wanda:sparsity=0.5",),
-    ("svd:ratio=0.8",),
-    ("svd_llm:ratio=0.8",),
-    ("wanda:sparsity=0.5", "gptq:bits=4"),
-    ("svd_llm:ratio=0.8", "gptq:bits=4"),
-    ("gptq:bits=3", "logit_kd:steps=60,learning_rate=0.001"),
-    ("wanda:sparsity=0.5", "logit_kd:steps=60,learning_rate=0.001", "gptq:bits=4"),
+    ("gptq:bits=2,group_size=64",),
+    ("magnitude:sparsity=0.7",),
+    ("wanda:sparsity=0.7",),
+    ("svd:ratio=0.5",),
+    ("svd_llm:ratio=0.5",),
+    ("wanda:sparsity=0.5", "gptq:bits=3"),
+    ("svd_llm:ratio=0.5", "gptq:bits=4"),
+    ("gptq:bits=2,group_size=64", "logit_kd:steps=40,length=128,learning_rate=0.002"),
+    ("svd_llm:ratio=0.5", "logit_kd:steps=40,length=128,learning_rate=0.002", "gptq:bits=4"),
 )
 """Each family alone, weak methods beside strong ones, and chains across families."""
 
@@ -41,7 +41,7 @@ def tour(out: Path, progress: Progress, recipes: tuple[tuple[str, ...], ...] = R
     A rerun continues: recipes whose artifact is there are not run again. Raises :class:`BadInput` where ``out`` holds
     something else.
     """
-    if out.exists() and any(entry.name not in _own_names(recipes) for entry in out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(entry.name not in _own_names(recipes) for entry in out.iterdir())):
         raise BadInput(f"{out} exists and is not a demo's directory; choose another with -o")
     out.mkdir(parents=True, exist_ok=True)
     base = Checkpoint.open("demo")

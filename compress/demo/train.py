@@ -46,9 +46,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, default=MODEL, help="directory of the finished model")
     parser.add_argument("--work", type=Path, default=None, help="directory of resumable checkpoints (none if unset)")
-    parser.add_argument("--steps", type=int, default=1800, help="optimiser steps in all")
+    parser.add_argument("--steps", type=int, default=900, help="optimiser steps in all")
     parser.add_argument("--warmup", type=int, default=30, help="steps of linear warm-up")
-    parser.add_argument("--decay", type=int, default=600, help="steps of linear decay to zero, at the end")
+    parser.add_argument("--decay", type=int, default=350, help="steps of linear decay to zero, at the end")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens in a step")
     parser.add_argument("--context", type=int, default=256, help="tokens in a row before the decay")
     parser.add_argument("--decay-context", type=int, default=1024, help="tokens in a row during the decay")
@@ -239,13 +239,9 @@ def save_checkpoint(
 
 def final_report(model: Any, tokenizer: Any, batches: Batches, arguments: argparse.Namespace, log: list[dict]) -> dict:
     """Return what `training.json` records: arguments, versions, data digests, tokens, hours and final metrics."""
-    held_out = [body for _, body in corpus.documents("held_out")]
-    by_kind = {
-        kind: measure.bits_per_byte(
-            model, tokenizer, [body for name, body in corpus.documents("held_out") if name.startswith(kind)]
-        )
-        for kind in corpus.KINDS
-    }
+    held_out = {kind: [body for name, body in corpus.documents("held_out") if name.startswith(kind)] for kind in corpus.KINDS}
+    by_kind = {kind: measure.bits_per_byte(model, tokenizer, bodies) for kind, bodies in held_out.items() if bodies}
+    sizes = {kind: sum(len(body.encode()) for body in held_out[kind]) for kind in by_kind}
     joined = corpus.text("held_out")
     questions = world.questions(N_FINAL_QUESTIONS, world=batches.people)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "work")}
@@ -262,7 +258,7 @@ def final_report(model: Any, tokenizer: Any, batches: Batches, arguments: argpar
         "held_out_bytes": len(joined.encode()),
         "held_out_sha256": hashlib.sha256(joined.encode()).hexdigest(),
         "bits_per_byte": {
-            "model": measure.bits_per_byte(model, tokenizer, held_out),
+            "model": sum(by_kind[kind] * size for kind, size in sizes.items()) / sum(sizes.values()),
             **measure.compressor_bits_per_byte(joined),
         },
         "bits_per_byte_by_kind": by_kind,

@@ -54,7 +54,8 @@ def read_weight(
     masked: Callable[[str], bool] = lambda _: False,
     transposed: bool = False,
 ) -> Weight:
-    """The inverse of :func:`tensors`: read a layer through ``get`` (meta tensors are fine) in whatever form it is there.
+    """The inverse of :func:`tensors`: read a layer through ``get`` in whatever form it is there; all but a
+    ``weight_shape`` may be meta tensors.
 
     masked: whether a matrix of that name has removed weights; they are its zeros.
     """
@@ -65,6 +66,9 @@ def read_weight(
         weight: Weight = _read_quantized(name, get, has, scheme_of(name, quantization))
     else:
         values = get(f"{name}.weight")
+        if values.ndim != 2 or values.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            kind = str(values.dtype).removeprefix("torch.")
+            raise BadInput(f"{name}: expected a matrix of 16-bit floats or wider, the file holds {kind} of {tuple(values.shape)}")
         weight = Dense(values.T.contiguous() if transposed else values)
     return Masked(weight, weight.dense() != 0) if masked(name) else weight
 
@@ -76,14 +80,11 @@ def _read_quantized(name: str, get: Callable, has: Callable, scheme: dict[str, A
     _, unpack = _packers()
     zero_point = get(f"{name}.weight_zero_point") if has(f"{name}.weight_zero_point") else None
     if has(f"{name}.weight_packed"):
-        packed = get(f"{name}.weight_packed")
+        packed, shape = get(f"{name}.weight_packed"), torch.Size(get(f"{name}.weight_shape").tolist())
         if packed.is_meta:
-            n_inputs = packed.shape[1] * 32 // bits
-            n_inputs -= n_inputs % scale.shape[1]
-            codes = torch.empty(packed.shape[0], n_inputs, dtype=torch.int8, device="meta")
+            codes = torch.empty(shape, dtype=torch.int8, device="meta")
             zero_point = None if zero_point is None else torch.empty(scale.shape, dtype=torch.int8, device="meta")
             return Quantized(codes, scale, zero_point, bits)
-        shape = torch.Size(get(f"{name}.weight_shape").tolist())
         codes = unpack(packed, bits, shape)
         if zero_point is not None:
             zero_point = unpack(zero_point, bits, scale.shape, packed_dim=0)

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput
 from compress.skeleton import Skeleton
 from compress.stream import OUTER, block_part
-from compress.workspace import Workspace
+from compress.workspace import Workspace, check_not_source
 from compress.writer import BlockStore, write_text
 
 
@@ -22,8 +21,7 @@ from compress.writer import BlockStore, write_text
 def export(source: Path, out: Path, *, overwrite: bool = False) -> Path:
     """Write the dense equivalent of ``source`` into ``out``, block by block. Raises BadInput where ``out`` exists."""
     checkpoint = Checkpoint(source)
-    if out.resolve() == source.resolve():
-        raise BadInput(f"{out}: the export would replace its own source")
+    check_not_source(out, source)
     skeleton = Skeleton(checkpoint)
     skeleton.check()
     with Workspace(out, f"dense-{checkpoint.digest}", overwrite) as workspace:
