@@ -9,8 +9,9 @@ the highest resident memory of the process or any child of it; and the mean over
 with the dense model's X (`reconstruction.py`). The floor is the time of the matrix products that nobody can avoid: two
 forwards of the linear layers and one full Hessian per input group.
 
-Aims: GPTQ in at most 0.9 of the faster peer's time with no larger error and less memory than either; Wanda in at most
-0.6 of llm-compressor's time. Figures mean something only on an idle machine: the load average is recorded before each.
+Aims: GPTQ in at most 0.9 of the faster peer's time with an error no more than 1 % larger and less memory than either; Wanda
+in at most 0.6 of llm-compressor's time. Wall times mean something only on an idle machine: the load average is recorded
+before each, and the processor seconds of the whole process, imports and all, beside them.
 
     python benchmarks/gptq_speed.py --samples 128
 """
@@ -162,7 +163,7 @@ def verdicts(found: dict[str, Any]) -> list[str]:
         peers = [row for name, row in found.items() if name.endswith(f"-{method}") and row is not mine and "seconds" in row]
         if "seconds" not in mine or not peers:
             continue
-        for key, limit in (("seconds", share), ("peak_rss_bytes", 1.0), ("output_error", 1.0)):
+        for key, limit in (("seconds", share), ("peak_rss_bytes", 1.0), ("output_error", 1.01)):
             ratio = mine[key] / min(row[key] for row in peers)
             missed = "" if ratio <= limit else " MISSED"
             lines.append(f"{method} {key}: {ratio:.3f} of the best peer's, aim at most {limit}{missed}")

@@ -58,12 +58,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture(model_type: str) -> Architecture:
+def architecture(model_type: str, *, has_experts: bool = False) -> Architecture:
     """The row of a ``config.model_type``. Raises :class:`BadInput` for a family that has none."""
     if model_type not in ARCHITECTURES:
         raise BadInput(
             f"model type {model_type!r} is not supported{did_you_mean(model_type, ARCHITECTURES)}; "
             f"compress knows {', '.join(ARCHITECTURES)}. What is missing: its row (block path and input groups) in "
-            "compress/arch.py" + ("; mixture-of-experts layers are not handled yet" if "moe" in model_type else "")
+            "compress/arch.py" + ("; mixture-of-experts layers are not handled yet" if has_experts else "")
         )
     return ARCHITECTURES[model_type]

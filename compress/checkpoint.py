@@ -47,7 +47,8 @@ class Checkpoint:
         self.trust_remote_code = trust_remote_code
         self.raw_config = _read_json(path / "config.json", "is not a Hugging Face model directory: config.json")
         self._refuse_remote_code()
-        self.arch: Architecture = architecture(self.base_model_type)
+        has_experts = any("expert" in key for key in self.raw_config) or "moe" in self.base_model_type
+        self.arch: Architecture = architecture(self.base_model_type, has_experts=has_experts)
         self._readers = _Shards(path, allow_pickle)
         self.manifest = Manifest.read(path)
         self._check_quantization()
@@ -182,6 +183,11 @@ class Checkpoint:
                 low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
                 if not (torch.isfinite(low) and torch.isfinite(high)):
                     raise BadInput(f"{self.path}: tensor {key!r} contains NaN or infinite weights; the checkpoint is broken")
+        self.unmap()
+
+    def unmap(self) -> None:
+        """Let go of the files' mappings, whose pages count as this process's; the next read maps them again."""
+        self._readers.unmap()
 
     @cached_property
     def digest(self) -> str:
@@ -259,6 +265,9 @@ class _Shards:
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt", device="cpu")
         return self._open[file].get_tensor(key)
+
+    def unmap(self) -> None:
+        self._open.clear()
 
 
 def resolve(source: str | Path) -> Path:

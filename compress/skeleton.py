@@ -172,6 +172,7 @@ class Skeleton:
     def free_block(self, index: int) -> None:
         """Drop the block's tensors."""
         self.blocks[index].to("meta")
+        self.checkpoint.unmap()
 
     def _fill_outer(self) -> None:
         for name in self.outer_names():

@@ -242,6 +242,8 @@ def test_parts_of_a_batch_add_up_to_the_batch(llama, tokens, tmp_path):
 
 def test_same_seed_same_bits_and_no_trace_in_the_process(llama, tokens, tmp_path):
     accelerate_states = (AcceleratorState, PartialState, GradientState)
+    for state in accelerate_states:  # lm-eval, in an earlier test, makes an Accelerator too and leaves it
+        state._shared_state.clear()
     Accelerator(cpu=True, mixed_precision="bf16")  # the caller's own, with other settings
     states = [dict(state._shared_state) for state in accelerate_states]
     random_state, environment = torch.get_rng_state(), dict(os.environ)

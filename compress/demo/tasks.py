@@ -14,7 +14,7 @@ from typing import Any
 
 from compress.demo import corpus, world
 
-TEMPLATES = Path(__file__).parent / "tasks"
+TEMPLATES = Path(__file__).parent / "task_templates"
 N_FACTS = 400
 N_TEXTS = 48
 TEXT_BYTES = 2000

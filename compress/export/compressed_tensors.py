@@ -143,7 +143,8 @@ def check_readable(quantized: Mapping[str, Quantized]) -> None:
         )
         raise BadInput(
             f"transformers opens asymmetric grids only where all layers share one scheme, and here there are {len(found)}: "
-            f"{listed}. Use symmetric=true, or one group_size that divides the inputs of every layer"
+            f"{listed}. Use symmetric=true, or one group_size that divides the inputs of every layer (for low-rank "
+            "factors, let their rank be a multiple of it: round_to)"
         )
 
 
