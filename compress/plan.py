@@ -154,7 +154,7 @@ def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length:
         return 4 * total * (4 + step.needs.teacher) + 4 * activations * len(skeleton.blocks)
     needs = frozenset().union(*(step.needs.stats for step in stage))
     hidden = skeleton.checkpoint.config.hidden_size
-    activations = min(samples * length * hidden * dtype.itemsize, 1 << 29) if needs else 0
+    activations = min(samples * length * hidden * dtype.itemsize, 1 << 28) if needs else 0
     width = max(max(shape) for shape in shapes.values())
     forward = 6 * _FORWARD_TOKENS * width * dtype.itemsize if needs else 0
     inputs = {group: shapes[group[0]][1] for group in skeleton.arch.groups}

@@ -177,3 +177,15 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
             part.addmm_(left, right)
         else:
             part += left @ right
+
+
+def energy(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """trace(A H A^T) of A (out, in) and a symmetric H: by its diagonal and its upper triangle, half the work."""
+    total = torch.zeros((), device=matrix.device)
+    for start in range(0, len(hessian), _MOST_PANEL):
+        stop = start + _MOST_PANEL
+        part = matrix[:, start:stop]
+        total += ((part @ hessian[start:stop, start:stop]) * part).sum()
+        if stop < len(hessian):
+            total += 2 * ((matrix[:, stop:] @ hessian[stop:, start:stop]) * part).sum()
+    return total

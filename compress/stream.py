@@ -7,8 +7,10 @@ the activations that the interrupted run had.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from compress.export import compressed_tensors
 from compress.manifest import ModuleRecord
 from compress.passes import LinearPass
 from compress.skeleton import Skeleton, shape_kind
-from compress.stats import LinearStats
+from compress.stats import LinearStats, energy
 from compress.weights import Dense, LowRank, Masked, Quantized, Weight, assert_structure_kept, structure
 from compress.writer import BlockStore
 
@@ -30,7 +32,6 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 OUTER = "outer"
 _TOKENS_PER_FORWARD = 4096
-_ENERGY_PANEL = 512
 PROBE_SEQUENCES, PROBE_LENGTH = 2, 64
 
 
@@ -73,7 +74,7 @@ class Stream:
         store: BlockStore,
         scratch: Path,
         *,
-        spill_bytes: int = 1 << 29,
+        spill_bytes: int = 1 << 28,
         progress: Progress = lambda done, total, message: None,
     ):
         self.skeleton, self.passes, self.store, self.scratch = skeleton, tuple(passes), store, scratch
@@ -102,6 +103,8 @@ class Stream:
             self._propagate(index)
             self._describe(index, weights, result)
             self.skeleton.free_block(index)
+            del weights
+            _return_free_memory()
         if not self.store.done(OUTER):
             checkpoint = self.skeleton.checkpoint
             outer = {n: checkpoint.tensor(self.skeleton.outer_source(n)) for n in self.skeleton.outer_names()}
@@ -160,6 +163,7 @@ class Stream:
         for step_groups in [(group,) for group in groups] if self.sequential else [groups]:
             gathered = self._collect(index, block, step_groups, weights)
             for group in step_groups:
+                _return_free_memory()
                 stats = gathered.pop(group, None)
                 for local in group:
                     name = skeleton.module_name(index, local)
@@ -272,6 +276,12 @@ class Stream:
             result.add(name, weight, ModuleRecord.model_validate(stored[name]), self.skeleton.is_conv1d(local))
 
 
+def _return_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between live blocks, more of it with every block."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def apply(step: LinearPass, weight: Weight, stats: LinearStats, *, outline: bool = False) -> Weight:
     """Apply one pass to a weight in any representation.
 
@@ -349,19 +359,7 @@ def errors(weight: Weight, before: Weight, stats: LinearStats | None) -> tuple[f
     if stats is None or not stats.allowed & {"hessian", "covariance"}:
         return weight_error, None
     hessian = (stats.hessian if "hessian" in stats.allowed else stats.covariance.float()).to(old.device)
-    return weight_error, float(_energy(change, hessian) / _energy(old, hessian).clamp_min(1e-30))
-
-
-def _energy(matrix: Tensor, hessian: Tensor) -> Tensor:
-    """trace(A H A^T) of A (out, in) and a symmetric H: by its diagonal and its upper triangle, half the work."""
-    total = torch.zeros((), device=matrix.device)
-    for start in range(0, len(hessian), _ENERGY_PANEL):
-        stop = start + _ENERGY_PANEL
-        part = matrix[:, start:stop]
-        total += ((part @ hessian[start:stop, start:stop]) * part).sum()
-        if stop < len(hessian):
-            total += 2 * ((matrix[:, stop:] @ hessian[stop:, start:stop]) * part).sum()
-    return total
+    return weight_error, float(energy(change, hessian) / energy(old, hessian).clamp_min(1e-30))
 
 
 def _packed(name: str, entry: dict[str, Any]) -> list[tuple[str, int]]:

@@ -26,12 +26,12 @@ RECIPES: tuple[tuple[str, ...], ...] = (
     ("svd_llm:ratio=0.5",),
     ("wanda:sparsity=0.5", "gptq:bits=3"),
     ("svd_llm:ratio=0.5", "gptq:bits=4"),
-    ("gptq:bits=2,group_size=64", "logit_kd:steps=40,length=128,learning_rate=0.002"),
-    ("svd_llm:ratio=0.5", "logit_kd:steps=40,length=128,learning_rate=0.002", "gptq:bits=4"),
+    ("gptq:bits=2,group_size=64", "logit_kd:steps=30,length=128,learning_rate=0.002"),
+    ("svd_llm:ratio=0.5", "logit_kd:steps=30,length=128,learning_rate=0.002", "gptq:bits=4"),
 )
 """Each family alone, weak methods beside strong ones, and chains across families."""
 
-CALIBRATION = Calibration(samples=64, length=256)
+CALIBRATION = Calibration(samples=32, length=256)
 EVALUATION = Evaluation(limit=150, batch_size=64, windows=8, length=256)
 
 
