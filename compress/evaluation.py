@@ -119,15 +119,15 @@ class Judge:
                 self._measure_base(load_model(self.base.path, self.dtype, self.device, self.base.trust_remote_code))
         return found
 
-    def metrics(self, artifact: Path, label: str, parent: str | None = None) -> Metrics:
-        """Measure an artifact."""
+    def metrics(self, artifact: Path, label: str, name: str | None = None) -> Metrics:
+        """Measure an artifact. name: what it is to be called; its directory's name if left out."""
         manifest = Manifest.read(artifact)
 
         def finish(model: nn.Module) -> dict[str, Any]:
             return {"fidelity": compare(model, self.windows.tokens, self._logprobs)}
 
         found = self._measure(artifact, finish)
-        update: dict[str, Any] = {"label": label, "parent": parent, "model": artifact.name}
+        update: dict[str, Any] = {"label": label, "model": name or artifact.name}
         if manifest is not None:
             update |= {
                 "taxon": manifest.steps[-1].taxon,
@@ -174,15 +174,15 @@ def manifest_size(manifest: Manifest | None) -> dict[str, Any]:
 
 
 def evaluate_run(
-    recipe: Recipe, base: Checkpoint, artifact: Path, name: str, dtype: torch.dtype, progress: Progress
+    recipe: Recipe, base: Checkpoint, artifact: Path, name: str, out: Path, dtype: torch.dtype, progress: Progress
 ) -> tuple[Metrics, Report]:
-    """Measure the artifact and its base, and write metrics.json, chart and report beside the weights."""
+    """Measure the artifact, soon to be ``out``, and its base; write metrics.json, chart and report beside the weights."""
     assert recipe.evaluation is not None
     label = point_label(recipe.passes)
     evaluation = resolve_evaluation(recipe.evaluation, is_demo(base, name))
     judge = Judge(evaluation, base, Path(name).name, dtype, recipe.device, progress)
     report = Report(title=f"{Path(name).name}: {label}", base=judge.base_metrics(), command=command(recipe, name))
-    report = report.add(judge.metrics(artifact, label))
+    report = report.add(judge.metrics(artifact, label, out.name))
     write_report(report, artifact, layers=layer_rows(artifact))
     return report.points[-1], report
 

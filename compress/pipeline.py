@@ -212,7 +212,9 @@ class _Run:
             if self.recipe.evaluation is not None:
                 from compress.evaluation import evaluate_run
 
-                metrics, report = evaluate_run(self.recipe, self.checkpoint, artifact, self.name, self.dtype, self.progress)
+                metrics, report = evaluate_run(
+                    self.recipe, self.checkpoint, artifact, self.name, self.out, self.dtype, self.progress
+                )
             manifest = Manifest.read(artifact)
             assert manifest is not None
             write_card(artifact, manifest, _card_lines(metrics, report))

@@ -41,7 +41,7 @@ def test_measures_before_and_after(results: list[Result]) -> None:
     assert mild.cost.bytes_on_disk == results[0].bytes == (results[0].path / "model.safetensors").stat().st_size
     assert math.isclose(harsh.cost.compressed_bits_per_weight, 2.25, abs_tol=0.05)
     assert mild.cost.speed.decode_tokens_per_second > 0 and mild.cost.speed.peak_process_bytes > 0
-    assert mild.protocol.context_length == 64 and mild.protocol.limit == 6
+    assert mild.model == results[0].path.name and mild.protocol.context_length == 64 and mild.protocol.limit == 6
 
 
 def test_the_report_lies_beside_the_artifact(results: list[Result]) -> None:
