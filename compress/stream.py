@@ -390,4 +390,5 @@ def forward(skeleton: Skeleton, tokens: Tensor) -> Tensor:
         skeleton.load_block(index, skeleton.read_weights(index))
         hidden = skeleton.run_block(index, hidden)
         skeleton.free_block(index)
+        _return_free_memory()
     return skeleton.logits(tokens, hidden)
