@@ -1,8 +1,8 @@
 """Prove an artifact by opening it in a fresh process: its logits must be those of the result in memory.
 
 Small models are opened by stock transformers, in a process that imports nothing of compress. Models whose dense weights
-exceed ``STOCK_LIMIT_BYTES`` are read back block by block instead, also in a fresh process, so that verifying never needs
-more memory than compressing did.
+exceed ``STOCK_LIMIT_BYTES`` are read back block by block instead, also in a fresh process, so that a model larger than
+memory can be verified too.
 """
 
 from __future__ import annotations
