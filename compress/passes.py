@@ -13,7 +13,6 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
@@ -182,8 +181,3 @@ class TrainPass(Pass):
 
 def _matches_any(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern) for pattern in patterns)
-
-
-def no_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask, or an all-true one of the weight's shape where there is none."""
-    return torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
