@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint
-from compress.export.compressed_tensors import read_weight
+from compress.export.layers import Source, read_weight
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
 
@@ -38,7 +38,7 @@ class Artifact:
         """The matrix that the layer ``name`` computes with."""
         if f"{name}.qweight" in self.where:
             return self._gptq(name)
-        return read_weight(name, self.tensor, self.where.__contains__, self.quantization).dense(torch.float32)
+        return read_weight(name, Source(self.tensor, self.where.__contains__, self.quantization)).dense(torch.float32)
 
     def _gptq(self, name: str) -> Tensor:
         """GPTQ's format: codes packed along the inputs, zero points along the outputs and, in version 1, less one."""

@@ -10,10 +10,12 @@ from typing import Any
 from torch import nn
 
 from compress.checkpoint import digest_files
-from compress.export.compressed_tensors import quantization_config
+from compress.export import layers
+from compress.journal import OUTER, block_part
 from compress.manifest import Manifest
+from compress.records import Streamed
 from compress.skeleton import Skeleton
-from compress.stream import OUTER, Streamed, block_part
+from compress.weights import KINDS
 from compress.writer import BlockStore, write_text
 
 _AUTO_MAP = {
@@ -42,13 +44,8 @@ def write_artifact(destination: Path, skeleton: Skeleton, streamed: Streamed, st
 
 def artifact_config(skeleton: Skeleton, streamed: Streamed) -> dict[str, Any]:
     """``config.json``: the source's, with what its readers must know about quantization and changed modules."""
-    ours = ("quantization_config", "compress_modules", "base_model_type", "base_architectures")
     checkpoint = skeleton.checkpoint
-    raw = checkpoint.raw_config
-    config = {key: value for key, value in raw.items() if key not in ours}
-    if raw.get("base_model_type"):
-        config.pop("auto_map", None)
-        config |= {"model_type": raw["base_model_type"], "architectures": raw.get("base_architectures")}
+    config = checkpoint.plain_config
     if streamed.reshaped:
         config |= {
             "model_type": "compress",
@@ -58,8 +55,13 @@ def artifact_config(skeleton: Skeleton, streamed: Streamed) -> dict[str, Any]:
             "base_architectures": config.get("architectures"),
             "compress_modules": dict(sorted(streamed.reshaped.items())),
         }
-    if streamed.quantized:
-        config["quantization_config"] = quantization_config(streamed.quantized, _dense_linears(skeleton, streamed))
+    if any(spec["kind"] == "tied_head" for spec in streamed.reshaped.values()):
+        config["tie_word_embeddings"] = False  # there is nothing left for transformers to tie
+    config |= streamed.config
+    if streamed.quantized or streamed.cache:
+        dense = _dense_linears(skeleton, streamed)
+        library = layers.library(streamed.quantized)
+        config["quantization_config"] = library.quantization_config(streamed.quantized, dense, streamed.cache)
     return config
 
 
@@ -68,14 +70,22 @@ def _dense_linears(skeleton: Skeleton, streamed: Streamed) -> list[str]:
     prefix = skeleton.arch.blocks + "."
     names = [n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
     for name in skeleton.linear_names():
-        low_rank = streamed.reshaped.get(name, {}).get("kind") == "low_rank"
-        names += [f"{name}.down", f"{name}.up"] if low_rank else [name]
+        names += plain_linears(name, streamed.reshaped.get(name))
     return [name for name in names if name not in streamed.quantized]
+
+
+def plain_linears(name: str, spec: dict[str, Any] | None) -> list[str]:
+    """The plain linear modules that a layer with that ``compress_modules`` entry consists of."""
+    if spec is None or spec["kind"] == "linear":
+        return [name]
+    shapes, specs = KINDS[spec["kind"]].child_shapes((0, 0), spec), spec.get("children", {})
+    return [module for child in shapes for module in plain_linears(f"{name}.{child}", specs.get(child))]
 
 
 def complete(manifest: Manifest, skeleton: Skeleton, streamed: Streamed) -> Manifest:
     """Fill in what the stage found: module records, tier and sizes."""
-    outer = [skeleton.checkpoint.meta(skeleton.outer_source(name)) for name in skeleton.outer_names()]
+    names = [name for name in skeleton.outer_names() if name.removesuffix(".weight") not in streamed.tables]
+    outer = [skeleton.checkpoint.meta(skeleton.outer_source(name)) for name in names]
     outer += [
         skeleton.checkpoint.meta(skeleton.file_name(name))
         for i in range(len(skeleton.blocks))
@@ -83,11 +93,12 @@ def complete(manifest: Manifest, skeleton: Skeleton, streamed: Streamed) -> Mani
     ]
     outer_numel = sum(tensor.numel() for tensor in outer)
     outer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outer)
-    records = streamed.records.values()
+    records = [*streamed.records.values(), *streamed.tables.values()]
     return manifest.model_copy(
         update={
             "modules": streamed.records,
-            "tier": "shim" if streamed.reshaped else "native-quantized" if streamed.quantized else "native",
+            "tables": streamed.tables,
+            "tier": "shim" if streamed.reshaped else "native-quantized" if streamed.quantized or streamed.cache else "native",
             "parameters": outer_numel + sum(record.numel for record in records),
             "dense_parameters": outer_numel + sum(record.shape[0] * record.shape[1] for record in records),
             "ideal_nbytes": outer_bytes + sum(record.ideal_nbytes for record in records),
@@ -99,9 +110,10 @@ def carry_records(streamed: Streamed, earlier: Manifest | None) -> None:
     """Let a module's record name the passes of earlier stages and runs too."""
     if earlier is None:
         return
-    for name, record in streamed.records.items():
-        if name in earlier.modules:
-            before = earlier.modules[name]
+    known = earlier.modules | earlier.tables
+    for name, record in (streamed.records | streamed.tables).items():
+        if name in known:
+            before = known[name]
             record.passes = before.passes + record.passes
             record.dense_nbytes = before.dense_nbytes
             if record.weight_error is None:

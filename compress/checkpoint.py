@@ -6,31 +6,24 @@ stored instead of the embedding) is resolved here once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
-import struct
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.arch import Architecture, architecture
 from compress.errors import BadInput, explain
-from compress.export.compressed_tensors import read_weight
+from compress.export.layers import LIBRARIES, NEEDED, Source, read_weight
 from compress.manifest import Manifest
+from compress.shards import Shards, digest_files, read_json
 from compress.weights import Weight
 
 log = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
 _LEGACY = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -45,11 +38,11 @@ class Checkpoint:
     def __init__(self, path: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False):
         self.path = path
         self.trust_remote_code = trust_remote_code
-        self.raw_config = _read_json(path / "config.json", "is not a Hugging Face model directory: config.json")
+        self.raw_config = read_json(path / "config.json", "is not a Hugging Face model directory: config.json")
         self._refuse_remote_code()
         has_experts = any("expert" in key for key in self.raw_config) or "moe" in self.base_model_type
-        self.arch: Architecture = architecture(self.base_model_type, has_experts=has_experts)
-        self._readers = _Shards(path, allow_pickle)
+        self.arch: Architecture = architecture(self.base_model_type, self.raw_config, has_experts=has_experts)
+        self._readers = Shards(path, allow_pickle)
         self.manifest = Manifest.read(path)
         self._check_quantization()
 
@@ -75,22 +68,29 @@ class Checkpoint:
         quantization = self.raw_config.get("quantization_config") or {}
         if not isinstance(quantization, dict):
             raise BadInput(f"{self.path / 'config.json'}: quantization_config is no JSON object: {quantization!r}")
-        if quantization and quantization.get("quant_method") != "compressed-tensors":
+        if quantization and quantization.get("quant_method") not in LIBRARIES:
             raise BadInput(
                 f"{self.path}: already quantized by {quantization.get('quant_method')!r}, which compress does not read; "
-                "start from the unquantized checkpoint or a compressed-tensors one"
+                f"start from the unquantized checkpoint or one of {' or '.join(LIBRARIES)}"
             )
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """``config.json`` of the underlying architecture, without what compress and quantizers have added to it."""
+        raw = {key: value for key, value in self.raw_config.items() if key not in _ADDED}
+        if "base_model_type" in self.raw_config:
+            raw.pop("auto_map", None)
+            raw |= {"model_type": self.base_model_type, "architectures": self.raw_config.get("base_architectures")}
+        if any(spec["kind"] == "tied_head" for spec in self.reshaped.values()):
+            raw["tie_word_embeddings"] = True
+        return raw
 
     @cached_property
     def config(self) -> Any:
         """The transformers configuration of the underlying architecture."""
         from transformers import AutoConfig
 
-        raw = {k: v for k, v in self.raw_config.items() if k not in ("quantization_config", "compress_modules")}
-        if raw.pop("base_model_type", None):
-            raw.pop("auto_map", None)
-            raw["architectures"] = raw.pop("base_architectures", None)
-        raw["model_type"] = self.base_model_type
+        raw = self.plain_config
         if "auto_map" in raw:
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
         kwargs = {key: value for key, value in raw.items() if key != "model_type"}
@@ -102,13 +102,18 @@ class Checkpoint:
 
     @property
     def reshaped(self) -> dict[str, dict[str, Any]]:
-        """Modules that differ from the architecture's own: ``{"kind": "low_rank", "rank": r}`` or ``{"kind": "linear"}``."""
+        """Modules that differ from the architecture's own, as :func:`compress.weights.spec_of` describes them."""
         return self.raw_config.get("compress_modules", {})
 
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
         """The compressed-tensors configuration, or None."""
         return self.raw_config.get("quantization_config")
+
+    @property
+    def cache_scheme(self) -> dict[str, Any] | None:
+        """How readers round keys and values before they are cached, as compressed-tensors says it; None: not at all."""
+        return (self.quantization or {}).get("kv_cache_scheme")
 
     @property
     def keys(self) -> set[str]:
@@ -127,11 +132,28 @@ class Checkpoint:
                 return candidate
         return None
 
-    def __contains__(self, name: str) -> bool:
-        return self._key(name) is not None
+    @cached_property
+    def tables(self) -> set[str]:
+        """The modules outside the blocks, embeddings and head, that are on grids: their matrices are read as if dense."""
+        names = {name.removesuffix(".weight_scale") for name in self.keys if name.endswith(".weight_scale")}
+        blocks = (f"{self.arch.blocks}.", f"{self.arch.blocks}.".removeprefix(self._prefix))
+        tables = {name for name, spec in self.reshaped.items() if spec["kind"] == "table"}
+        return tables | {name for name in names if not name.startswith(blocks)}
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, mapped from its file. Raises :class:`BadInput` where it is missing."""
+    def _table(self, name: str) -> str | None:
+        module = name.removesuffix(".weight")
+        return module if module in self.tables and name.endswith(".weight") else None
+
+    def __contains__(self, name: str) -> bool:
+        return self._key(name) is not None or self._table(name) is not None
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor, mapped from its file, in ``dtype`` (None: its own). Raises :class:`BadInput` where it is missing."""
+        if table := self._table(name):
+            return self.weight(table, (0, 0)).dense(dtype)
+        return self._stored(name) if dtype is None else self._stored(name).to(dtype)
+
+    def _stored(self, name: str) -> Tensor:
         key = self._key(name)
         if key is None:
             raise BadInput(f"{self.path}: tensor {name!r} is missing from the checkpoint")
@@ -139,26 +161,34 @@ class Checkpoint:
 
     def meta(self, name: str) -> Tensor:
         """The tensor's shape and dtype, as a meta tensor, without reading it."""
+        if table := self._table(name):
+            return self.weight(table, (0, 0), meta=True).dense()
+        return self._stored_meta(name)
+
+    def _stored_meta(self, name: str) -> Tensor:
         key = self._key(name)
         if key is None:
             raise BadInput(f"{self.path}: tensor {name!r} is missing from the checkpoint")
         shape, dtype = self._readers.describe(key)
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def weight(self, module: str, *, conv1d: bool = False, meta: bool = False) -> Weight:
-        """The linear layer ``module`` in whatever representation the files hold; conv1d: a dense one is stored (in, out)."""
+    def weight(self, module: str, shape: tuple[int, int], *, conv1d: bool = False, meta: bool = False) -> Weight:
+        """The linear layer ``module``, (out, in) by the configuration, in whatever representation the files hold; conv1d: a
+        dense one is stored (in, out)."""
 
         def get(name: str) -> Tensor:
-            return self.meta(name) if meta and not name.endswith(".weight_shape") else self.tensor(name)
+            return self._stored_meta(name) if meta and not name.endswith(NEEDED) else self._stored(name)
 
         masked = self.manifest.is_masked if self.manifest else (lambda _: False)
-        transposed = conv1d and module not in self.reshaped
-        return read_weight(module, get, self.__contains__, self.quantization, masked=masked, transposed=transposed)
+        source = Source(get, self.__contains__, self.quantization, masked)
+        spec = self.reshaped.get(module)
+        return read_weight(module, source, spec, shape, transposed=conv1d and spec is None)
 
     def check_complete(self, names: set[str], modules: set[str]) -> None:
         """Raise :class:`BadInput` unless every tensor of the model is there; names outside ``modules`` must be as named."""
         missing = sorted(name for name in names if name not in self)
-        missing += sorted(m for m in modules if not any(f"{m}{s}" in self for s in _WEIGHT_SUFFIXES))
+        plain = (m for m in modules if self.reshaped.get(m, {"kind": "linear"})["kind"] == "linear")
+        missing += sorted(m for m in plain if f"{m}.weight" not in self and f"{m}.weight_packed" not in self)
         if missing:
             shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise BadInput(f"{self.path}: the checkpoint lacks {len(missing)} tensors of its model: {shown}")
@@ -211,63 +241,11 @@ class Checkpoint:
                 shutil.copyfile(file, destination / file.name)
 
 
-_WEIGHT_SUFFIXES = (".weight", ".weight_packed", ".down.weight", ".down.weight_packed")
+_ADDED = ("quantization_config", "compress_modules", "base_model_type", "base_architectures")
 _COMPANIONS = (
     "generation_config.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "chat_template.json", "spiece.model", "sentencepiece.bpe.model", "LICENSE", "LICENSE.txt", "NOTICE",
 )  # fmt: skip
-
-
-class _Shards:
-    """Tensor name -> file, and lazy reads."""
-
-    def __init__(self, path: Path, allow_pickle: bool):
-        self._open: dict[Path, Any] = {}
-        self._pickled: dict[str, Tensor] = {}
-        self.headers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self.files = _weight_files(path)
-        if not self.files:
-            self.files = pickled = sorted(path.glob("pytorch_model*.bin"))
-            if not pickled:
-                raise BadInput(f"{path}: no *.safetensors file found; download the weights, or convert them to safetensors")
-            if not allow_pickle:
-                raise BadInput(
-                    f"{path}: only pickled weights ({pickled[0].name}) found; a pickle can run code when it is opened. Convert "
-                    "the checkpoint to safetensors, or pass --allow-pickle if you trust it"
-                )
-            for file in pickled:
-                self._pickled.update(_read_pickle(file))
-            self.where = dict.fromkeys(self._pickled, pickled[0])
-            return
-        self.where: dict[str, Path] = {}
-        for file in self.files:
-            for key, description in read_header(file).items():
-                self.where[key] = file
-                self.headers[key] = description
-        self._check_index(path)
-
-    def _check_index(self, path: Path) -> None:
-        if (path / INDEX).exists():
-            named = _read_json(path / INDEX, "cannot be read:").get("weight_map", {})
-            for key, file in named.items():
-                if key not in self.where or self.where[key].name != Path(file).name:
-                    raise BadInput(f"{path / INDEX}: says that {key!r} is in {file!r}, which does not hold it")
-
-    def describe(self, key: str) -> tuple[tuple[int, ...], torch.dtype]:
-        if key in self._pickled:
-            return tuple(self._pickled[key].shape), self._pickled[key].dtype
-        return self.headers[key]
-
-    def read(self, key: str) -> Tensor:
-        if key in self._pickled:
-            return self._pickled[key]
-        file = self.where[key]
-        if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt", device="cpu")
-        return self._open[file].get_tensor(key)
-
-    def unmap(self) -> None:
-        self._open.clear()
 
 
 def resolve(source: str | Path) -> Path:
@@ -288,90 +266,3 @@ def resolve(source: str | Path) -> Path:
     except Exception as error:  # the hub client raises a dozen kinds, all of which mean the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"{source}: neither a local directory nor a model that the hub gave: {reason}") from None
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if not (path / INDEX).exists():
-        single = path / "model.safetensors"
-        return [single] if single.exists() else sorted(path.glob("*.safetensors"))
-    weight_map = _read_json(path / INDEX, "cannot be read:").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise BadInput(f"{path / INDEX}: holds no weight_map from tensors to files")
-    files = []
-    for name in sorted(set(weight_map.values())):
-        relative = Path(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            raise BadInput(f"{path / INDEX}: entry {name!r} points outside the checkpoint's directory; refusing to read it")
-        if not (path / relative).is_file():
-            raise BadInput(f"{path}: shard {name!r} named by {INDEX} is missing; download it again")
-        files.append(path / relative)
-    return files
-
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Names, shapes and dtypes of a safetensors file. Raises :class:`BadInput` where it is truncated or damaged."""
-    try:
-        with open(file, "rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            header = json.loads(stream.read(length)) if length <= file.stat().st_size else None
-        if header is None:
-            raise ValueError("header is cut off")
-        if not isinstance(header, dict):
-            raise ValueError("header is no JSON object")
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != file.stat().st_size:
-            raise ValueError(f"{file.stat().st_size} bytes where {8 + length + end} are promised")
-        with safe_open(file, framework="pt"):
-            pass
-        return {key: (tuple(entry["shape"]), _DTYPES[entry["dtype"]]) for key, entry in header.items()}
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error, SafetensorError) as error:
-        raise BadInput(f"{file}: truncated or damaged safetensors file ({error}); download it again") from None
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except UnpicklingError:
-        raise BadInput(f"{file}: holds more than tensors, and opening that could run code; refusing to read it") from None
-    except Exception as error:  # torch raises every kind of exception for a damaged file
-        reason = explain(error).partition(". ")[0]
-        raise BadInput(f"{file}: truncated or damaged pickle ({reason}); download it again") from None
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise BadInput(f"{file}: expected tensors by name, it holds something else")
-    return content
-
-
-def digest_files(files: list[Path]) -> str:
-    """SHA-256 over the names and contents of files."""
-    total = hashlib.sha256()
-    for file in files:
-        total.update(file.name.encode())
-        for chunk in _chunks(file):
-            total.update(chunk)
-    return total.hexdigest()
-
-
-def _chunks(file: Path, size: int = 1 << 22) -> Iterator[bytes]:
-    with open(file, "rb") as stream:
-        while chunk := stream.read(size):
-            yield chunk
-
-
-def _read_json(file: Path, complaint: str) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise BadInput(f"{file.parent} {complaint} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{file}: expected a JSON object")
-    return value

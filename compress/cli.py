@@ -49,6 +49,7 @@ Limit = Annotated[int | None, typer.Option(help="questions per task")]
 Seed = Annotated[int | None, typer.Option(help="seed of sampling and training [0]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cpu]")]
 Dtype = Annotated[str | None, typer.Option(help="of forward passes: auto, float32, bfloat16, float16 [auto]")]
+Effort = Annotated[str | None, typer.Option(help="how hard methods try: fast, default or best [default]")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as one JSON object")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="let the source run its own code")]
@@ -85,7 +86,8 @@ def run_command(
     recipe: RecipeOption = None, calibration: CalibrationOption = None, column: Column = None, samples: Samples = None,
     length: Length = None, tasks: Tasks = None, include: Include = None, limit: Limit = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="do not measure base and result")] = False,
-    seed: Seed = None, device: Device = None, dtype: Dtype = None, overwrite: Overwrite = False, as_json: Json = False,
+    seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None, overwrite: Overwrite = False,
+    as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
     trust_remote_code: Trust = False, allow_pickle: Pickle = False,
     min_recovery: Annotated[float | None, typer.Option(help="gate: share of the base's score that must be kept")] = None,
@@ -101,7 +103,8 @@ def run_command(
         model, passes, recipe,
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
         evaluation={"tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None},
-        seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code or None, allow_pickle=allow_pickle or None,
+        seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
+        allow_pickle=allow_pickle or None,
     )  # fmt: skip
     if no_eval:
         settings = settings.model_copy(update={"evaluation": None})
@@ -119,7 +122,8 @@ def run_command(
 def plan_command(
     model: Model = None, passes: Passes = None, recipe: RecipeOption = None, calibration: CalibrationOption = None,
     column: Column = None, samples: Samples = None, length: Length = None, tasks: Tasks = None, include: Include = None,
-    limit: Limit = None, seed: Seed = None, device: Device = None, dtype: Dtype = None, as_json: Json = False,
+    limit: Limit = None, seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None,
+    as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="ignored: a plan writes nothing")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="ignored: a plan measures nothing")] = False,
     trust_remote_code: Trust = False, allow_pickle: Pickle = False,
@@ -131,7 +135,8 @@ def plan_command(
         model, passes, recipe,
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
         evaluation={"tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None},
-        seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code or None, allow_pickle=allow_pickle or None,
+        seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
+        allow_pickle=allow_pickle or None,
     )  # fmt: skip
     found = plan(settings)
     typer.echo(found.model_dump_json() if as_json else "\n".join(found.lines()))
@@ -199,8 +204,8 @@ def verify_command(
 @app.command("export")
 def export_command(
     artifact: Annotated[Path, typer.Argument(help="an artifact")],
-    to: Annotated[str, typer.Option("--to", help="format: dense")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="output directory")],
+    to: Annotated[str, typer.Option("--to", help="awq, dense, gptq, gguf, or gguf:TYPE such as gguf:q4_0")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="output directory; for gguf a file")],
     overwrite: Overwrite = False,
 ) -> None:
     """Write an artifact in another format."""

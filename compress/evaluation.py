@@ -7,6 +7,7 @@ base's log-probabilities on the held-out windows lie in a file.
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 import shutil
 import sys
@@ -40,7 +41,13 @@ def load_model(path: Path, dtype: torch.dtype, device: str, trust_remote_code: b
     """Open a checkpoint or artifact of any tier with transformers, for evaluation."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    config = json.loads((path / "config.json").read_text())
+    if (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+        # Its reader would give that dtype to some tensors only, and put everything on a GPU where there is one.
+        where: dict[str, Any] = {"dtype": "auto", "device_map": {"": device}}
+    else:
+        where = {"dtype": dtype}
+    model: Any = AutoModelForCausalLM.from_pretrained(path, **where, trust_remote_code=trust_remote_code)
     return model.to(device).eval()
 
 

@@ -32,13 +32,15 @@ class Step(BaseModel):
 
 class ModuleRecord(BaseModel):
     """What one linear layer has become. Errors are relative to its weight at the start of the stage that last changed it:
-    ``weight_error`` = |dW|^2 / |W|^2, ``output_error`` the same in the norm of the calibration inputs (None: not measured)."""
+    ``weight_error`` = |dW|^2 / |W|^2, ``output_error`` the same in the norm of the calibration inputs (None: not measured).
+    ``activations``: how readers round the layer's inputs."""
 
     kind: str
     shape: tuple[int, int]
     passes: list[str] = []
     bits: int | None = None
     group_size: int | None = None
+    activations: str | None = None
     rank: int | None = None
     sparsity: float | None = None
     masked: list[str] = []
@@ -51,7 +53,8 @@ class ModuleRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """See the module's docstring. masked lists below are names of matrices (layers or factors) with removed weights."""
+    """See the module's docstring. masked lists below are names of matrices (layers or factors) with removed weights;
+    tables: the embedding and the head, where they are on grids."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -67,6 +70,7 @@ class Manifest(BaseModel):
     versions: dict[str, str] = {}
     tier: str = "native"
     modules: dict[str, ModuleRecord] = {}
+    tables: dict[str, ModuleRecord] = {}
     parameters: int = 0
     dense_parameters: int = 0
     nbytes: int = 0
@@ -90,8 +94,10 @@ class Manifest(BaseModel):
 
     def is_masked(self, matrix: str) -> bool:
         """Whether weights of that matrix were removed for good; its zeros are the mask."""
-        owner = self.modules.get(matrix) or self.modules.get(matrix.rpartition(".")[0])
-        return owner is not None and matrix in owner.masked
+        owner = matrix
+        while owner not in self.modules and "." in owner:
+            owner = owner.rpartition(".")[0]
+        return owner in self.modules and matrix in self.modules[owner].masked
 
 
 def installed_versions() -> dict[str, str]:

@@ -64,6 +64,12 @@ def build(key: str, settings: dict[str, Any]) -> Pass:
         raise BadInput(f"{key}: {explain(error)}") from None
 
 
+def with_effort(step: Pass, effort: str) -> Pass:
+    """The pass with the settings of an effort ("fast", "default" or "best") for the options that nobody chose."""
+    settings = {key: value for key, value in type(step).efforts.get(effort, {}).items() if key not in step.model_fields_set}
+    return step.model_copy(update=settings) if settings else step
+
+
 def parse(text: str) -> Pass:
     """Read ``name:key=value,key=value``, the form of a pass on the command line."""
     key, _, rest = text.partition(":")
@@ -99,6 +105,10 @@ def _show(value: object) -> str:
     return format_value(value) if value not in ((), "") else "-"
 
 
+def _pairs(settings: dict[str, Any]) -> str:
+    return ",".join(f"{name}={format_value(value)}" for name, value in settings.items())
+
+
 def summary(method: type[Pass]) -> str:
     """First line of the method's file: its idea and citation."""
     module = import_module(method.__module__)
@@ -125,4 +135,5 @@ def tree() -> str:
         for key, method in members.items():
             lines.append(f"  {key}  {summary(method)}")
             lines += [f"      {name}={default}  {text}".rstrip() for name, default, text in options(method)]
+            lines += [f"      --effort {effort}: {_pairs(settings)}" for effort, settings in method.efforts.items()]
     return "\n".join(lines)

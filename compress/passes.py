@@ -8,18 +8,21 @@ and maps tensors to tensors, and the engine (``stream.py``, ``train.py``) does t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
-from compress.weights import Weight
+from compress.weights import Dense, Masked, Weight
 
 if TYPE_CHECKING:
+    from compress.block import Block
+    from compress.skeleton import Skeleton
     from compress.stats import LinearStats
+    from compress.surgery import Surgery
 
 
 class Taxon(str, Enum):
@@ -41,20 +44,33 @@ class Needs(NamedTuple):
 
     stats: names of :class:`compress.stats.LinearStats` sums ("sqnorm", "absmax", "hessian", "covariance").
     teacher: whether a :class:`TrainPass` is given the logits of the uncompressed model.
+    inputs: whether a :class:`BlockPass` is given the calibration activations that enter the block.
+    reference: whether it is also given what the block put out before the stage, for inputs that no earlier block changed.
     """
 
     stats: frozenset[str] = frozenset()
     teacher: bool = False
+    inputs: bool = False
+    reference: bool = False
 
 
 class Pass(BaseModel):
-    """Configuration and behaviour of one compression step; see :class:`LinearPass` and :class:`TrainPass`."""
+    """Configuration and behaviour of one compression step; see its kinds below."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     taxon: ClassVar[Taxon]
     paper: ClassVar[str]
     needs: ClassVar[Needs] = Needs()
+    efforts: ClassVar[dict[str, dict[str, Any]]] = {}
+    """Settings for "fast" and "best", where they differ from the defaults: what ``--effort`` stands for."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_among_choices(cls, value: object, info: ValidationInfo) -> object:
+        """A command line writes 64 as text, which a choice of numbers would not know again."""
+        choices = get_args(cls.model_fields[str(info.field_name)].annotation)
+        return next((choice for choice in choices if isinstance(value, str) and str(choice) == value), value)
 
     @classmethod
     def method(cls) -> str:
@@ -78,16 +94,16 @@ def format_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class LinearPass(Pass):
-    """A pass that rewrites one linear layer at a time.
+class StreamPass(Pass):
+    """A pass that the block loop applies: to one linear layer at a time, or to a block as a whole.
 
     targets, skip: shell patterns over full module names (``model.layers.0.mlp.up_proj``) or their last parts (``up_proj``);
     a layer is compressed when a target matches and no skip does.
     """
 
-    factorises: ClassVar[bool] = False
-    """True: the pass is given the whole matrix and returns factors, giving up an earlier mask or grid.
-    False: the pass is applied to each factor of a low-rank layer, and keeps masks and ranks."""
+    surveys: ClassVar[bool] = False
+    """True: :meth:`survey` sees every matching layer before the stage begins, and :meth:`allocate` then says what is done
+    to each. Such a pass begins a stage of its own."""
 
     targets: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ("lm_head",)
@@ -106,6 +122,37 @@ class LinearPass(Pass):
         """Whether this pass compresses the linear layer of that full name."""
         return _matches_any(name, self.targets) and not _matches_any(name, self.skip)
 
+    def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
+        """What a matrix will become, with meta tensors of the right shapes and dtypes: `plan` sizes it unseen.
+
+        The default is for passes that only change values.
+        """
+        values = Dense(weight.to("meta"))
+        return values if mask is None else Masked(values, mask.to("meta"))
+
+    def survey(self, weight: Weight, stats: LinearStats, effect: Callable[[Weight], float]) -> Any:
+        """One layer's measurement for :meth:`allocate`, of plain JSON values, before anything is compressed.
+
+        stats: as for ``linear``. effect: how much the output of the layer's block would change with another weight in the
+        layer's place: |dy|^2 / |y|^2 over some of the calibration tokens.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def allocate(self, found: dict[str, Any], groups: Sequence[tuple[str, ...]]) -> dict[str, LinearPass]:
+        """The pass to apply to each layer, from what :meth:`survey` found, by full name.
+
+        groups: the names of layers that share an input, and that fused runtimes need to share a scheme.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+
+class LinearPass(StreamPass):
+    """A pass that rewrites one linear layer at a time."""
+
+    factorises: ClassVar[bool] = False
+    """True: the pass is given the whole matrix and returns factors, giving up an earlier mask or grid.
+    False: the pass is applied to each factor of a low-rank layer, and keeps masks and ranks."""
+
     def linear(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
         """Compress one matrix.
 
@@ -115,8 +162,41 @@ class LinearPass(Pass):
         """
         raise NotImplementedError(type(self).__name__)
 
-    def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
-        """What :meth:`linear` would return, with meta tensors of the right shapes and dtypes: `plan` sizes it unseen."""
+
+class CorrectionPass(LinearPass):
+    """A pass that adds to what earlier passes of the same stage made of a layer, to bring it closer to what it was.
+
+    It must follow, in one stage, a pass that compresses the layers which it corrects.
+    """
+
+    def correct(self, original: Tensor, weight: Weight, stats: LinearStats) -> Weight:
+        """The corrected layer. original: (out, in), as it was when the stage began; weight: what it has become."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class BlockPass(StreamPass):
+    """A pass that rewrites a decoder block as a whole: moves scales between its layers, or tunes them together."""
+
+    regrids: ClassVar[bool] = False
+    """True: every selected matrix gets a new grid, so that earlier grids which no plain module holds are opened first."""
+
+    def block(self, block: Block) -> None:
+        """Rewrite the block in place, through the methods of :class:`compress.block.Block`."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class ModelPass(Pass):
+    """A pass that rewrites the model as a whole, embeddings and configuration included; a stage of its own."""
+
+    def outline(self, weight: Weight) -> Weight:
+        """What a linear layer, a weight of meta tensors, will become. Raises ValueError where it cannot be handled."""
+        return weight
+
+    def surgery(self, model: Skeleton) -> Surgery:
+        """What to do, from the model's shapes and configuration; it has no weights yet.
+
+        Raises BadInput where the architecture does not allow it.
+        """
         raise NotImplementedError(type(self).__name__)
 
 

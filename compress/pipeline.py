@@ -24,13 +24,14 @@ from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, GateMissed
 from compress.gates import Gates
 from compress.manifest import Manifest, Step, installed_versions
-from compress.passes import LinearPass, Pass, TrainPass
+from compress.passes import Pass, StreamPass, TrainPass
 from compress.plan import Plan, make_plan
 from compress.progress import Progress, silent
 from compress.recipe import Calibration, Evaluation, Recipe
+from compress.records import Streamed
 from compress.skeleton import Skeleton
-from compress.stream import Stream, Streamed, check_targets
-from compress.training_stage import train_stage
+from compress.stages import group, run_stage
+from compress.stream import check_targets
 from compress.verify import Verification, save_probe, verify
 from compress.workspace import Workspace, check_not_source, check_output
 from compress.writer import BlockStore, write_text
@@ -160,9 +161,9 @@ def plan(recipe: Recipe) -> Plan:
     check_device(recipe.device)
     skeleton = Skeleton(checkpoint)
     skeleton.check()
-    check_targets([step for step in recipe.passes if isinstance(step, LinearPass)], skeleton.linear_names())
+    check_targets([step for step in recipe.passes if isinstance(step, StreamPass)], skeleton.linear_names())
     return make_plan(
-        checkpoint, recipe.model, stages(recipe.passes, recipe.fuse), samples=recipe.calibration.samples,
+        checkpoint, recipe.model, group(recipe.passes, recipe.fuse), samples=recipe.calibration.samples,
         length=window_length(recipe.calibration.length, checkpoint.config),
         dtype=compute_dtype(recipe.dtype, recipe.device, stored_dtype(checkpoint)),
     )  # fmt: skip
@@ -187,7 +188,7 @@ class _Run:
         self.checkpoint = Checkpoint.open(source, trust_remote_code=recipe.trust_remote_code, allow_pickle=recipe.allow_pickle)
         check_not_source(out, self.checkpoint.path)
         self.dtype = compute_dtype(recipe.dtype, recipe.device, stored_dtype(self.checkpoint))
-        self.stages = stages(recipe.passes, recipe.fuse)
+        self.stages = group(recipe.passes, recipe.fuse)
         self.lineage = self.checkpoint.manifest
 
     def execute(self) -> Result:
@@ -234,7 +235,7 @@ class _Run:
         check_device(self.recipe.device)
         skeleton = Skeleton(self.checkpoint)
         skeleton.check()
-        check_targets([step for step in self.recipe.passes if isinstance(step, LinearPass)], skeleton.linear_names())
+        check_targets([step for step in self.recipe.passes if isinstance(step, StreamPass)], skeleton.linear_names())
         vocabulary = self.checkpoint.config.vocab_size
         self.tokenizer = load_tokenizer(self.checkpoint.path, vocabulary, self.recipe.trust_remote_code)
         if self.recipe.evaluation is not None:
@@ -246,6 +247,7 @@ class _Run:
         self.plan = make_plan(self.checkpoint, self.name, self.stages, samples=settings.samples, length=length, dtype=self.dtype)
         for warning in self.plan.warnings:
             log.warning(warning)
+        self.dtype = self._readers_dtype()
         texts, origin = read_text(settings.data, settings.column, settings.split)
         chosen = windows(self.tokenizer, texts, origin, n=settings.samples, length=length, seed=self.recipe.seed)
         self.training_windows = {
@@ -256,17 +258,23 @@ class _Run:
         self.checkpoint.check_finite()
         return chosen
 
+    def _readers_dtype(self) -> torch.dtype:
+        """What the result computes in once it is opened: as the run does, unless its format's readers decide that."""
+        stored = stored_dtype(self.checkpoint)
+        if not self.plan.computes_as_stored or self.dtype == stored:
+            return self.dtype
+        log.warning(
+            "readers of bitsandbytes artifacts compute in the file's %s outside the quantized layers, whatever dtype they are "
+            "asked for, and so does this run", str(stored).removeprefix("torch."),
+        )  # fmt: skip
+        return stored
+
     def _stage(self, source: Checkpoint, number: int, stage: list[Pass], directory: Path, chosen: Windows) -> None:
         store = BlockStore(directory / "blocks")
-        if isinstance(stage[0], TrainPass):
-            skeleton, streamed = train_stage(
-                source, self.checkpoint, stage[0], self.training_windows[number].tokens, chosen.tokens, store, directory,
-                seed=self.recipe.seed, device=self.recipe.device, dtype=self.dtype, progress=self.progress,
-            )  # fmt: skip
-        else:
-            skeleton = Skeleton(source, self.recipe.device, self.dtype)
-            linear = [step for step in stage if isinstance(step, LinearPass)]
-            streamed = Stream(skeleton, linear, chosen.tokens, store, directory, progress=self.progress).run()
+        skeleton, streamed = run_stage(
+            source, self.checkpoint, stage, chosen, self.training_windows.get(number), store, directory,
+            seed=self.recipe.seed, device=self.recipe.device, dtype=self.dtype, progress=self.progress,
+        )  # fmt: skip
         carry_records(streamed, source.manifest)
         self._finish(skeleton, streamed, store, source, number, directory, chosen)
 
@@ -306,23 +314,12 @@ class _Run:
         return windows(self.tokenizer, texts, origin, n=wanted, length=length, seed=self.recipe.seed, at_most=True)
 
 
-def stages(passes: Sequence[Pass], fuse: bool) -> list[list[Pass]]:
-    """Consecutive linear passes share a stream (unless ``fuse`` is off); a training pass is a stage of its own."""
-    grouped: list[list[Pass]] = []
-    for step in passes:
-        if fuse and grouped and isinstance(step, LinearPass) and isinstance(grouped[-1][0], LinearPass):
-            grouped[-1].append(step)
-        else:
-            grouped.append([step])
-    return grouped
-
-
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The floating dtype in which the checkpoint keeps most of its numbers."""
     counts: dict[torch.dtype, int] = {}
     for key in checkpoint.keys:
         tensor = checkpoint.meta(key)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and ".weight." not in key:  # not the scales of bitsandbytes
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel()
     return max(counts, key=lambda dtype: counts[dtype])
 

@@ -11,16 +11,17 @@ from collections.abc import Sequence
 
 import torch
 from pydantic import BaseModel
+from torch import Tensor
 
+from compress.apply import outlines
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput
-from compress.export.compressed_tensors import check_readable
+from compress.export import layers
 from compress.loader import linear_shape
-from compress.passes import LinearPass, Pass, TrainPass
-from compress.skeleton import Skeleton, shape_kind
-from compress.stats import LinearStats
-from compress.stream import apply, matrices
-from compress.weights import LowRank, Quantized, Weight
+from compress.passes import ModelPass, Pass, StreamPass, TrainPass
+from compress.records import grids
+from compress.skeleton import Skeleton
+from compress.weights import Coded, Composed, Weight, leaves, spec_of
+from compress.weights.composed import settled, unmasked
 
 _HEADER_BYTES_PER_TENSOR = 52  # of its entry in the header, without its name and the two offsets
 _FORWARD_TOKENS = 4096
@@ -38,7 +39,8 @@ class PlannedPass(BaseModel):
 
 class Plan(BaseModel):
     """What a run will do. source_bytes, predicted_bytes: of weight files. peak_bytes: memory beyond the imports;
-    seconds: without evaluation; both estimates."""
+    seconds: without evaluation; both estimates. computes_as_stored: whether readers of the result compute in the dtypes of its
+    file, whatever dtype they are asked for."""
 
     model: str
     architecture: str
@@ -48,6 +50,7 @@ class Plan(BaseModel):
     predicted_bytes: int
     tier: str
     warnings: list[str]
+    computes_as_stored: bool = False
     peak_bytes: int
     seconds: float
 
@@ -78,25 +81,34 @@ def make_plan(
     skeleton = Skeleton(checkpoint)
     names = skeleton.linear_names()
     passes = [step for stage in stages for step in stage]
-    weights, warnings = _outline(skeleton, [step for step in passes if isinstance(step, LinearPass)])
-    quantized = {m: w for n, weight in weights.items() for m, w in matrices(n, weight) if isinstance(w, Quantized)}
-    check_readable(quantized)
-    reshaped = [n for n, weight in weights.items() if shape_kind(weight, skeleton.is_conv1d(_local(n, skeleton)))]
+    weights, warnings = _outline(skeleton, passes)
+    surgeries = [step.surgery(skeleton) for step in passes if isinstance(step, ModelPass)]
+    added = [tensor for surgery in surgeries for tensor in surgery.added.items()]
+    cache = next((surgery.cache for surgery in reversed(surgeries) if surgery.cache), checkpoint.cache_scheme)
+    weights |= skeleton.tables()
+    for surgery in surgeries:
+        weights |= {name.removesuffix(".weight"): weight for name, weight in surgery.tables.items()}
+    quantized = grids(weights)
+    library = layers.library(quantized)
+    library.check_readable(quantized, cache, dtype)
+    weights = {name: settled(weight, library.is_mixed(quantized, cache)) for name, weight in weights.items()}
+    reshaped = [n for n, weight in weights.items() if spec_of(weight, conv1d=skeleton.is_conv1d(_local(n, skeleton)))]
     return Plan(
         model=name,
         architecture=checkpoint.base_model_type,
         passes=[
             PlannedPass(
                 label=step.label(), taxon=step.taxon.value, total=len(names), stage=index,
-                matched=sum(map(step.matches, names)) if isinstance(step, LinearPass) else len(names),
+                matched=sum(map(step.matches, names)) if isinstance(step, StreamPass) else len(names),
             )
             for index, stage in enumerate(stages) for step in stage
         ],
         stages=len(stages),
         source_bytes=checkpoint.nbytes,
-        predicted_bytes=_file_bytes(skeleton, weights),
-        tier="shim" if reshaped else "native-quantized" if quantized else "native",
+        predicted_bytes=_file_bytes(skeleton, weights, dict(added)),
+        tier="shim" if reshaped else "native-quantized" if quantized or cache else "native",
         warnings=warnings,
+        computes_as_stored=library is layers.bitsandbytes,
         peak_bytes=max((_stage_peak(skeleton, stage, samples, length, dtype) for stage in stages), default=0),
         seconds=sum(_stage_operations(skeleton, stage, samples * length) for stage in stages) / operations_per_second(dtype),
     )  # fmt: skip
@@ -106,41 +118,41 @@ def _local(name: str, skeleton: Skeleton) -> str:
     return name.removeprefix(skeleton.arch.blocks + ".").partition(".")[2]
 
 
-def _outline(skeleton: Skeleton, passes: Sequence[LinearPass]) -> tuple[dict[str, Weight], list[str]]:
+def _outline(skeleton: Skeleton, passes: Sequence[Pass]) -> tuple[dict[str, Weight], list[str]]:
     weights: dict[str, Weight] = {}
     given_up: dict[str, int] = {}
-    for name in skeleton.linear_names():
-        weight = skeleton.checkpoint.weight(name, conv1d=skeleton.is_conv1d(_local(name, skeleton)), meta=True)
-        for step in passes:
-            if step.matches(name):
-                before, stats = weight, LinearStats(weight.shape[1], (), "meta")
-                try:
-                    weight = apply(step, before, stats, outline=True)
-                except ValueError as error:
-                    raise BadInput(f"{step.label()} at {name}: {error}") from None
-                if step.factorises and isinstance(weight, LowRank) and not isinstance(before, LowRank):
-                    lost = "mask" if before.mask is not None else "grid" if isinstance(before, Quantized) else None
-                    if lost:
-                        key = f"{step.label()} gives up the {lost} that an earlier pass made: its factors are dense"
-                        given_up[key] = given_up.get(key, 0) + 1
+    for name, step, before, weight in outlines(skeleton, passes):
         weights[name] = weight
+        lost = "mask" if before.mask is not None and weight.mask is None else None
+        lost = "grid" if isinstance(before, Coded) and isinstance(weight, Composed) else lost
+        if step is not None and lost and not _has(weight, lost):
+            key = f"{step.label()} gives up the {lost} that an earlier pass made"
+            given_up[key] = given_up.get(key, 0) + 1
     return weights, [f"{message} ({count} layers)" for message, count in given_up.items()]
 
 
-def _file_bytes(skeleton: Skeleton, weights: dict[str, Weight]) -> int:
+def _has(weight: Weight, what: str) -> bool:
+    """Whether a mask or a grid is left anywhere in a composed weight."""
+    inner = unmasked(weight)
+    parts = [weight, *(inner.children().values() if isinstance(inner, Composed) else ())]
+    return any(part.mask is not None if what == "mask" else isinstance(unmasked(part), Coded) for part in parts)
+
+
+def _file_bytes(skeleton: Skeleton, weights: dict[str, Weight], added: dict[str, Tensor]) -> int:
     checkpoint = skeleton.checkpoint
-    others = skeleton.outer_names() + [
+    others = [name for name in skeleton.outer_names() if name.removesuffix(".weight") not in weights] + [
         skeleton.file_name(n) for i in range(len(skeleton.blocks)) for n in skeleton.block_names(i)
     ]
     total = sum(checkpoint.meta(skeleton.outer_source(name)).nbytes for name in others)
-    total += sum(weight.nbytes for weight in weights.values())
-    names = list(others)
+    total += sum(weight.nbytes for weight in weights.values()) + sum(tensor.nbytes for tensor in added.values())
+    names = [*others, *added]
     for name, weight in weights.items():
-        for module, matrix in matrices(name, weight):
-            packed = ("weight_packed", "weight_scale", "weight_shape") if isinstance(matrix, Quantized) else ("weight",)
-            names += [f"{module}.{part}" for part in packed]
-            if isinstance(matrix, Quantized) and matrix.zero_point is not None:
-                names.append(f"{module}.weight_zero_point")
+        for module, matrix in leaves(name, weight):
+            matrix = unmasked(matrix)
+            if isinstance(matrix, Composed):
+                names += [f"{module}.{part}" for part in matrix.tensor_names]
+                continue
+            names += [f"{module}.{part}" for part in (layers.tensor_names(matrix) if isinstance(matrix, Coded) else ["weight"])]
     return total + sum(_HEADER_BYTES_PER_TENSOR + len(name) + 2 * len(str(total)) for name in names)
 
 

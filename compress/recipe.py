@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
 
 from compress import methods
 from compress.errors import BadInput, explain
@@ -56,11 +56,13 @@ class Recipe(_Settings):
     """A model, the passes in order, and how to calibrate and judge.
 
     dtype: of the forward passes; "auto" is the checkpoint's own where the device computes in it fast, else float32.
-    evaluation: None to skip. fuse: consecutive linear passes share one capture of statistics per block.
+    evaluation: None to skip. fuse: consecutive linear passes share one capture of statistics per block. effort: how hard
+    methods try where their own options do not say it; what it sets is written out in the passes.
     """
 
     model: str | None = None
     output: str | None = None
+    effort: Literal["fast", "default", "best"] = "default"
     passes: tuple[Pass, ...] = ()
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
@@ -73,10 +75,11 @@ class Recipe(_Settings):
 
     @field_validator("passes", mode="before")
     @classmethod
-    def _build_passes(cls, value: Any) -> tuple[Pass, ...]:
+    def _build_passes(cls, value: Any, info: ValidationInfo) -> tuple[Pass, ...]:
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ValueError("passes must be a list")
-        return tuple(_as_pass(item) for item in value)
+        effort = info.data.get("effort", "default")
+        return tuple(methods.with_effort(_as_pass(item), effort) for item in value)
 
     @field_serializer("passes")
     def _write_passes(self, passes: tuple[Pass, ...]) -> list[Any]:

@@ -19,9 +19,12 @@ def main(directory: str, probe: str, dtype: str, device: str, remote: str) -> No
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     expected = load_file(probe)
+    with open(f"{directory}/config.json") as file:
+        by_bitsandbytes = json.load(file).get("quantization_config", {}).get("quant_method") == "bitsandbytes"
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), trust_remote_code=remote == "remote", output_loading_info=True
-    )
+        directory, dtype=getattr(torch, dtype), trust_remote_code=remote == "remote", output_loading_info=True,
+        device_map={"": device} if by_bitsandbytes else None,  # which would else go to a GPU where there is one
+    )  # fmt: skip
     model, report = loaded
     with torch.no_grad():
         logits = model.to(device).eval()(input_ids=expected["tokens"].to(device)).logits.float().cpu()

@@ -7,18 +7,21 @@ the logits from the last block's output. So no architecture's forward is written
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.activations import CACHE_SCALES, round_cache, round_inputs
 from compress.arch import Architecture
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, explain
+from compress.export import layers
 from compress.loader import LowRankLinear, linear_shape, reshape_module
-from compress.weights import LowRank, Masked, Quantized, Weight
+from compress.weights import Coded, Composed, Weight, spec_of
+from compress.weights.composed import settled, unmasked
 
 
 class _Probe(nn.Module):
@@ -43,7 +46,8 @@ class _Probe(nn.Module):
 
 
 class Skeleton:
-    """A causal LM on the meta device. blocks: its decoder blocks; linears: names, inside a block, of its linear layers."""
+    """A causal LM on the meta device. blocks: its decoder blocks; linears: names, inside a block, of its linear layers.
+    mixed: whether the artifact that is being made of it will hold several schemes; None: as the checkpoint does."""
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
@@ -53,9 +57,13 @@ class Skeleton:
         if not len(self.blocks):
             raise BadInput(f"{checkpoint.path / 'config.json'}: a model with no decoder blocks")
         self._conv1d = {n for n in self.arch.linears if type(self.blocks[0].get_submodule(n)).__name__ == "Conv1D"}
+        if checkpoint.cache_scheme:
+            for block in self.blocks:
+                round_cache(block, checkpoint.cache_scheme)
         matrices = {f"{local}.weight" for local in self.arch.linears}
         self._block_names = [[name for name in block.state_dict() if name not in matrices] for block in self.blocks]
         self.block_arguments: list[tuple[tuple, dict]] = []
+        self.mixed: bool | None = None
         self.tied = set(dict(self.model.named_parameters(remove_duplicate=False))) - set(dict(self.model.named_parameters()))
 
     def module_name(self, index: int, local: str) -> str:
@@ -78,9 +86,11 @@ class Skeleton:
         names += [name for name, _ in self.model.named_buffers() if name in persistent and not name.startswith(prefix)]
         return names
 
-    def block_names(self, index: int) -> list[str]:
-        """Full names of a block's tensors outside its linear layers' matrices: norms and biases."""
-        return [f"{self.arch.blocks}.{index}.{name}" for name in self._block_names[index]]
+    def block_names(self, index: int, *, cache_scales: bool = True) -> list[str]:
+        """Full names of a block's tensors outside its linear layers' matrices: norms and biases, and perhaps scales of a
+        rounded KV cache."""
+        names = [f"{self.arch.blocks}.{index}.{name}" for name in self._block_names[index]]
+        return [name for name in names if cache_scales or not name.endswith(tuple(CACHE_SCALES.values()))]
 
     def file_name(self, name: str) -> str:
         """Where a block's bias is kept: that of a low-rank layer lies on its ``up`` factor."""
@@ -91,14 +101,14 @@ class Skeleton:
 
     def check(self) -> None:
         """Raise :class:`BadInput` where the checkpoint lacks tensors or has them in other shapes than its config says."""
-        modules = set(self.linear_names())
+        modules = set(self.linear_names()) | self.checkpoint.tables
         direct = set(self.outer_names()) | {self.file_name(n) for i in range(len(self.blocks)) for n in self.block_names(i)}
         self.checkpoint.check_complete({self.outer_source(n) for n in direct}, modules)
         for index in range(len(self.blocks)):
             for local in self.arch.linears:
                 name = self.module_name(index, local)
-                expected = linear_shape(self.blocks[index].get_submodule(local))
-                weight = self.checkpoint.weight(name, conv1d=self.is_conv1d(local), meta=True)
+                expected = self.shape(index, local)
+                weight = self.checkpoint.weight(name, expected, conv1d=self.is_conv1d(local), meta=True)
                 if weight.shape != expected:
                     raise BadInput(f"{name}: the file holds a matrix of {weight.shape}, config.json asks for {expected}")
             self._check_block_shapes(index)
@@ -122,40 +132,79 @@ class Skeleton:
         shared = (other for other in sorted(self.tied) if self._outer(other) is self._outer(name) and other in self.checkpoint)
         return next(shared, name)
 
-    def read_weights(self, index: int) -> dict[str, Weight]:
-        """The linear weights of a block by local name, as the checkpoint holds them."""
+    def read_outer(self) -> dict[str, Tensor]:
+        """The tensors that belong to no block, as the file holds them: a table on a grid by its codes."""
+        names = [name for name in self.outer_names() if name.removesuffix(".weight") not in self.checkpoint.tables]
+        found = {name: self.checkpoint.tensor(self.outer_source(name)) for name in names}
+        for module in sorted(self.checkpoint.tables):
+            found |= layers.tensors(module, self.checkpoint.weight(module, (0, 0)))
+        return found
+
+    def tables(self) -> dict[str, Weight]:
+        """The matrices outside the blocks that are on grids, by module name, of meta tensors."""
+        return {module: self.checkpoint.weight(module, (0, 0), meta=True) for module in sorted(self.checkpoint.tables)}
+
+    def tied_head(self) -> str | None:
+        """The head's module name where it reads the embedding's matrix."""
+        names = sorted(name.removesuffix(".weight") for name in self.tied if name.endswith(".weight"))
+        return names[0] if names else None
+
+    def shape(self, index: int, local: str) -> tuple[int, int]:
+        """(out, in) of a linear layer of a block."""
+        return linear_shape(self.blocks[index].get_submodule(local))
+
+    def read_weights(self, index: int, *, meta: bool = False) -> dict[str, Weight]:
+        """The linear weights of a block by local name, as the checkpoint holds them; meta: with meta tensors."""
         return {
-            local: self.checkpoint.weight(self.module_name(index, local), conv1d=self.is_conv1d(local))
+            local: self.checkpoint.weight(
+                self.module_name(index, local), self.shape(index, local), conv1d=self.is_conv1d(local), meta=meta
+            )
             for local in self.arch.linears
         }
 
-    def load_block(self, index: int, weights: dict[str, Weight]) -> nn.Module:
-        """Fill block ``index`` with its norms, biases and the given linear weights (by local name), ready to run."""
-        block, prefix = self.blocks[index], f"{self.arch.blocks}.{index}."
+    def other_names(self, index: int) -> list[str]:
+        """Names, inside a block, of its tensors outside the linear layers' matrices: norms and biases."""
+        return self._block_names[index]
+
+    def read_others(self, index: int) -> dict[str, Tensor]:
+        """A block's norms, biases and the like by local name, as the checkpoint holds them."""
+        prefix = f"{self.arch.blocks}.{index}."
+        return {name: self.checkpoint.tensor(self.file_name(prefix + name)) for name in self._block_names[index]}
+
+    def load_block(self, index: int, weights: dict[str, Weight], others: dict[str, Tensor] | None = None) -> nn.Module:
+        """Fill block ``index`` with linear weights and others (by local name; None: the checkpoint's), ready to run."""
+        block = self.blocks[index]
         for local, weight in weights.items():
             self.install(block, local, weight)
-        linears = tuple(f"{local}." for local in self.arch.linears)
-        for name, value in list(block.state_dict(keep_vars=True).items()):
-            if name.startswith(linears) and not name.endswith("bias"):
-                continue
-            source = name.replace(".up.bias", ".bias") if name.startswith(linears) else name
-            tensor = self.checkpoint.tensor(self.file_name(prefix + source))
-            _assign(block, name, tensor.to(self.device, self.dtype), isinstance(value, nn.Parameter))
+        for name, tensor in (self.read_others(index) if others is None else others).items():
+            self.set_other(block, name, tensor)
         for name, buffer in block.named_buffers():
-            if buffer.device != self.device:
+            if buffer.device != self.device and not buffer.is_meta:
                 _assign(block, name, buffer.to(self.device), False)
         return block.eval()
+
+    def set_other(self, block: nn.Module, name: str, tensor: Tensor) -> None:
+        """Give a norm, a bias or a buffer of a block its value."""
+        tensor = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+        owner, _, leaf = name.rpartition(".")
+        module = _bias_holder(block.get_submodule(owner)) if leaf == "bias" else block.get_submodule(owner)
+        _assign(module, leaf, tensor, leaf not in module._buffers)
+
+    def norm_adds_one(self, norm: nn.Module) -> bool:
+        """Whether that norm multiplies by one plus its weight, as Gemma's do."""
+        return type(norm).__name__.startswith("Gemma")
 
     def install(self, block: nn.Module, local: str, weight: Weight) -> None:
         """Make the block's linear layer ``local`` compute with ``weight``; its bias is kept."""
         module: Any = block.get_submodule(local)
-        kind = shape_kind(weight, type(module).__name__ == "Conv1D")
-        if kind is not None and not (kind["kind"] == "low_rank" and _rank(module) == kind["rank"]):
+        own = getattr(module, "spec", None)
+        spec = spec_of(weight, conv1d=type(module).__name__ == "Conv1D")
+        if spec != own:
             bias = module.bias
             with torch.device("meta"):
-                module = reshape_module(module, **kind)
+                module = reshape_module(module, spec)
             if bias is not None:
-                (module.up if isinstance(module, LowRankLinear) else module).bias = bias
+                _bias_holder(module).bias = bias
             block.set_submodule(local, module)
         fill_linear(module, weight, self.device, self.dtype)
 
@@ -169,14 +218,20 @@ class Skeleton:
         self._fill_outer()
         return weights
 
+    def settled(self, weight: Weight) -> Weight:
+        """The same weight as a part of the artifact that is being made."""
+        return weight if self.mixed is None else settled(weight, self.mixed)
+
     def free_block(self, index: int) -> None:
         """Drop the block's tensors."""
+        for module in self.blocks[index].modules():
+            compute_by(module, None)
         self.blocks[index].to("meta")
         self.checkpoint.unmap()
 
     def _fill_outer(self) -> None:
         for name in self.outer_names():
-            filled = self.checkpoint.tensor(self.outer_source(name)).to(self.device, self.dtype)
+            filled = self.checkpoint.tensor(self.outer_source(name), self.dtype).to(self.device)
             _assign(self.model, name, filled, isinstance(self._outer(name), nn.Parameter))
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
@@ -217,10 +272,12 @@ class Skeleton:
                 assert probes[0].seen is not None
                 yield probes[0].seen
 
-    def run_block(self, index: int, hidden: Tensor) -> Tensor:
-        """Outputs of block ``index`` for inputs (batch, length, d), called as the model itself calls it."""
+    def run_block(self, index: int, hidden: Tensor, state: dict[str, Tensor] | None = None) -> Tensor:
+        """Outputs of block ``index`` for inputs (batch, length, d), called as the model itself calls it; state: tensors to
+        use instead of the block's own, by name."""
         args, kwargs = self.block_arguments[index]
-        output = self.blocks[index](hidden.to(self.device), *args, **kwargs)
+        hidden, block = hidden.to(self.device), self.blocks[index]
+        output = torch.func.functional_call(block, state, (hidden, *args), kwargs) if state else block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -247,24 +304,36 @@ def build_empty(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def shape_kind(weight: Weight, conv1d: bool) -> dict[str, Any] | None:
-    """What module a weight needs in place of the architecture's own, as ``compress_modules`` says it; None: its own."""
-    if isinstance(weight, LowRank):
-        return {"kind": "low_rank", "rank": weight.rank}
-    inner = weight.inner if isinstance(weight, Masked) else weight
-    return {"kind": "linear"} if conv1d and isinstance(inner, Quantized) else None
-
-
 def fill_linear(module: nn.Module, weight: Weight, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Set a linear module's matrix to what a reader of the artifact would compute with."""
-    if isinstance(weight, LowRank):
-        fill_linear(module.down, weight.down, device, dtype)  # type: ignore[arg-type]
-        fill_linear(module.up, weight.up, device, dtype)  # type: ignore[arg-type]
+    """Set a linear module's tensors to what a reader of the artifact would compute with, and let it round its inputs so."""
+    weight = unmasked(weight)
+    if isinstance(weight, Composed):
+        for name, tensor in weight.tensors().items():
+            value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+            _assign(module, name, value, name in module._parameters)
+        for name, part in weight.children().items():
+            fill_linear(module.get_submodule(name), part, device, dtype)
         return
-    values = weight.map(lambda tensor: tensor.to(device)).dense(dtype)
+    on_device = weight.map(lambda tensor: tensor.to(device))
+    values = on_device.dense(dtype)
     values = values.T if type(module).__name__ == "Conv1D" else values
     # In the layout of a file, so that a block computes the same bits whether it was just compressed or is read back.
     _assign(module, "weight", values.contiguous(), True)
+    round_inputs(module, weight.inputs if isinstance(weight, Coded) else None)
+    compute_by(module, on_device.layer(dtype) if isinstance(on_device, Coded) else None)
+
+
+def compute_by(module: Any, function: Callable[[Tensor, Tensor | None], Tensor] | None) -> None:
+    """Let a linear module compute ``function(inputs, bias)`` while it has the matrix that it has now; None: let it be."""
+    module.__dict__.pop("forward", None)
+    if function is not None:
+        matrix, own = module.weight, module.forward
+        module.forward = lambda x: function(x, module.bias) if module.weight is matrix else own(x)
+
+
+def _bias_holder(module: Any) -> Any:
+    """The module that adds a layer's bias: of a low-rank layer its last factor."""
+    return _bias_holder(module.up) if isinstance(module, LowRankLinear) else module
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None:
@@ -274,7 +343,3 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, is_parameter: bool) ->
         setattr(parent, leaf, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False))
     else:
         parent._buffers[leaf] = tensor
-
-
-def _rank(module: nn.Module) -> int | None:
-    return module.down.out_features if isinstance(module, LowRankLinear) else None

@@ -139,14 +139,16 @@ class LinearStats:
 
     def through(self, matrix: Tensor) -> LinearStats:
         """The statistics of y = matrix @ x, matrix (out, in): H becomes A H A^T. abssum and absmax do not transform."""
-        moved = LinearStats(matrix.shape[0], self.allowed & {"sqnorm", "hessian", "covariance"}, self.device)
+        return self.mapped(lambda x: x @ matrix.to(x.dtype).T, matrix.shape[0])
+
+    def mapped(self, linear: Callable[[Tensor], Tensor], n_outputs: int) -> LinearStats:
+        """As :meth:`through`, for a linear map that is given as a function of rows: (n, in) to (n, n_outputs)."""
+        moved = LinearStats(n_outputs, self.allowed & {"sqnorm", "hessian", "covariance"}, self.device)
         moved.n = self.n
         source = "covariance" if "covariance" in self._sums else "hessian"
         if source not in self._sums:
             raise AttributeError("only a hessian or a covariance can be carried through a matrix")
-        second_moment = self._sums[source]
-        matrix = matrix.to(second_moment.dtype)
-        result = matrix @ second_moment @ matrix.T
+        result = linear(linear(self._sums[source]).T)
         moved._sums = {source: (result + result.T) / 2}
         return moved
 

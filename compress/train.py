@@ -28,15 +28,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from compress.errors import BadInput, CompressError
 from compress.passes import Signal, TrainPass
 from compress.progress import Progress
-from compress.weights import LowRank, Masked, Quantized, Weight
+from compress.trainable import TrainableLinear, trainable_layers, write_back
+from compress.weights import Weight
 from compress.writer import save_tensors
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ def train(
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(torch.device(device)))
         place = accelerator.device if accelerator.num_processes > 1 else torch.device(device)
-        layers = stack.enter_context(_trainable_layers(student, weights, place))
+        layers = stack.enter_context(trainable_layers(student, weights, place))
         stack.enter_context(_borrowed(student, place, torch.float32))
         _check_head(student, tokens[:1, :8].to(place))
         if teacher is not None:
@@ -99,7 +98,7 @@ def train(
         history = _run(accelerator, _Objective(student, teacher, step), tokens, seed, state, progress)
         trained = {name: layer.trained() for name, layer in layers.items()}
     for name, weight in trained.items():
-        _write(student.get_submodule(name), weight, layers[name].bias)
+        write_back(student.get_submodule(name), weight, layers[name].bias)
     return TrainResult(trained, history)
 
 
@@ -123,65 +122,6 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     return head
-
-
-class TrainableLinear(nn.Module):
-    """A linear layer that computes with a representation of its matrix and trains float32 copies of its parameters."""
-
-    def __init__(self, weight: Weight, bias: Tensor | None, device: torch.device):
-        super().__init__()
-        self.original = weight
-        # Beside the masters only masks and codes are needed on the device: the old values stay where they are.
-        self.frame = weight.map(lambda tensor: tensor if tensor.is_floating_point() else tensor.to(device))
-        self.masters = nn.ParameterList([_master(value, device) for value in weight.parameters().values()])
-        self.bias = None if bias is None else _master(bias, device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        masters = dict(zip(self.frame.parameters(), self.masters, strict=True))
-        return F.linear(x, self.frame.rebuild(masters).dense(dtype), self.bias)
-
-    @property
-    def grid_bits(self) -> int | None:
-        """Bits of the grid whose scales are trained; None where the values themselves are."""
-        inner = self.original.inner if isinstance(self.original, Masked) else self.original
-        return inner.bits if isinstance(inner, Quantized) else None
-
-    @torch.no_grad()
-    def trained(self) -> Weight:
-        """The representation around the trained values, in the dtypes and on the devices of the original."""
-        pairs = zip(self.original.parameters().items(), self.masters, strict=True)
-        return self.original.rebuild({name: master.detach().to(old) for (name, old), master in pairs})
-
-
-class TrainableFactors(nn.Module):
-    """A low-rank layer, computed factor by factor; the factors are compressed matrices themselves."""
-
-    def __init__(self, weight: LowRank, bias: Tensor | None, device: torch.device):
-        super().__init__()
-        self.down = _trainable(weight.down, None, device)
-        self.up = _trainable(weight.up, bias, device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias
-
-    def trained(self) -> Weight:
-        """The factors with their trained values."""
-        return LowRank(self.down.trained(), self.up.trained())
-
-
-def _trainable(weight: Weight, bias: Tensor | None, device: torch.device) -> TrainableLinear | TrainableFactors:
-    layer: Any = TrainableFactors if isinstance(weight, LowRank) else TrainableLinear
-    return layer(weight, bias, device)
-
-
-def _master(value: Tensor, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(value.detach().to(device, torch.float32, copy=True).contiguous())
 
 
 class _Objective(nn.Module):
@@ -219,8 +159,11 @@ def _run(
 ) -> list[float]:
     """Train what asks for gradients in the objective's student, from the saved state if there is one."""
     step, student = objective.step, objective.student
-    optimizer = torch.optim.AdamW(_parameter_groups(student, step), lr=step.learning_rate)
+    groups = _parameter_groups(student, step)
     parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    if not parameters:
+        raise BadInput(f"{step.label()}: the model's layers are on grids that are not trained; use trains=blocks")
+    optimizer = torch.optim.AdamW(groups, lr=step.learning_rate)
     history = _load_state(state, parameters, optimizer)
     if history:
         progress(len(history), step.steps, "resumed")
@@ -270,9 +213,8 @@ def _parameter_groups(student: nn.Module, step: TrainPass) -> list[dict[str, Any
     """
     groups = []
     for layer in [module for module in student.modules() if isinstance(module, TrainableLinear)]:
-        bits = layer.grid_bits
-        share, decay = (1.0, step.weight_decay) if bits is None else (2.0 ** (1 - bits), 0.0)
-        groups.append({"params": list(layer.masters), "share": share, "weight_decay": decay})
+        for master, share in layer.shares():
+            groups.append({"params": [master], "share": share, "weight_decay": step.weight_decay if share == 1 else 0.0})
     masters = {master for group in groups for master in group["params"]}
     dimensions = {"weights": (), "blocks": (1,), "everything": (0, 1, 2, 3)}[step.trains]
     rest = [value for value in student.parameters() if value not in masters and value.dim() in dimensions]
@@ -296,39 +238,6 @@ def _borrowed(model: nn.Module, device: torch.device, dtype: torch.dtype | None 
             tensor.grad = None
             tensor.data = tensor.data.to(home, storage)
             tensor.requires_grad_(requires_grad)
-
-
-@contextmanager
-def _trainable_layers(
-    student: nn.Module, weights: Mapping[str, Weight], device: torch.device
-) -> Iterator[dict[str, TrainableLinear | TrainableFactors]]:
-    """Put trainable layers in the places of the compressed ones; afterwards the student's own modules are back."""
-    originals = {name: student.get_submodule(name) for name in weights}
-    layers = {name: _trainable(weight, _bias_of(originals[name]), device) for name, weight in weights.items()}
-    for name, layer in layers.items():
-        student.set_submodule(name, layer)
-    try:
-        yield layers
-    finally:
-        for name, module in originals.items():
-            student.set_submodule(name, module)
-
-
-def _bias_of(module: Any) -> Tensor | None:
-    return _bias_of(module.up) if hasattr(module, "up") else module.bias
-
-
-@torch.no_grad()
-def _write(module: Any, weight: Weight, bias: Tensor | None) -> None:
-    """Give dense values to the student's own module: a linear layer, or one with ``down`` and ``up``."""
-    if isinstance(weight, LowRank):
-        _write(module.down, weight.down, None)
-        return _write(module.up, weight.up, bias)
-    dense = weight.dense(module.weight.dtype)
-    dense = dense.T if isinstance(module, Conv1D) else dense
-    module.weight.data = dense.to(module.weight.device).clone(memory_format=torch.contiguous_format)
-    if bias is not None:
-        module.bias.data = bias.detach().to(module.bias)
 
 
 @contextmanager

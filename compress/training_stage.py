@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import Checkpoint
-from compress.export import compressed_tensors
+from compress.errors import BadInput
+from compress.export import layers
+from compress.journal import OUTER, block_part
 from compress.passes import TrainPass
 from compress.progress import Progress
+from compress.records import Streamed, describe
 from compress.skeleton import Skeleton
-from compress.stream import OUTER, PROBE_LENGTH, PROBE_SEQUENCES, Streamed, block_part, describe
+from compress.stream import PROBE_LENGTH, PROBE_SEQUENCES
 from compress.train import train
 from compress.weights import Weight, assert_structure_kept, structure
 from compress.writer import BlockStore
@@ -37,6 +40,8 @@ def train_stage(
     tokens: (n, length) training windows. probe: windows whose first tokens give the logits to verify by.
     Returns the skeleton and records of the result, like a stream. A rerun resumes at the last saved step.
     """
+    if source.tables and step.trains == "everything":
+        raise BadInput(f"{step.label()}: the embedding is on a grid, which training would leave: train before, or trains=blocks")
     student = Skeleton(source, device)
     before = student.materialise()
     teacher = Skeleton(original, device) if step.needs.teacher else None
@@ -49,7 +54,7 @@ def train_stage(
     for name, weight in after.items():
         assert_structure_kept(f"{step.method()} at {name}", structure(before[name]), weight)
     others = _round_others(student)
-    result = Streamed({}, {}, {}, (probe, probe))
+    result = Streamed({}, {}, {}, (probe, probe), cache=source.cache_scheme)
     for index in range(len(student.blocks)):
         tensors: dict[str, Tensor] = {}
         for local in student.arch.linears:
@@ -61,10 +66,11 @@ def train_stage(
                 student.is_conv1d(local),
             )
             transposed = student.is_conv1d(local) and name not in result.reshaped
-            tensors |= compressed_tensors.tensors(name, after[name], transposed=transposed)
+            tensors |= layers.tensors(name, after[name], transposed=transposed)
         names = [student.file_name(name) for name in student.block_names(index)]
         store.write(block_part(index), tensors | {name: others[name] for name in names}, {})
-    store.write(OUTER, {name: others[name] for name in student.outer_names()}, {})
+    result.add_tables(student.tables(), {}, student.tied_head())
+    store.write(OUTER, {name: others.get(name, tensor) for name, tensor in student.read_outer().items()}, {})
     result.probe = _probe(student, after, dtype, probe[:PROBE_SEQUENCES, :PROBE_LENGTH].contiguous())
     return student, result
 
@@ -74,7 +80,8 @@ def _round_others(student: Skeleton) -> dict[str, Tensor]:
     names = [student.file_name(name) for i in range(len(student.blocks)) for name in student.block_names(i)]
     state = student.model.state_dict()
     rounded = {}
-    for name in names + student.outer_names():
+    outer = [name for name in student.outer_names() if name.removesuffix(".weight") not in student.checkpoint.tables]
+    for name in names + outer:
         rounded[name] = state[name].to(student.checkpoint.meta(student.outer_source(name)).dtype)
         state[name].copy_(rounded[name])
     return rounded

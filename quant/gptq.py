@@ -36,6 +36,8 @@ class GPTQ(Quantizer):
     paper: ClassVar[str] = "2210.17323"
     needs: ClassVar[Needs] = Needs(frozenset({"hessian"}))
 
+    full_range: bool = Field(True, description="symmetric grids whose lowest code is the extreme weight, as AutoRound's")
+    mse: bool = Field(True, description="search the range that rounds best instead of taking the extremes")
     act_order: bool = Field(True, description="round the inputs of largest second moment first")
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
     true_sequential: bool = Field(False, description="measure again after q/k/v, o and gate/up: slower, a little better")
@@ -45,21 +47,25 @@ class GPTQ(Quantizer):
         return self.true_sequential
 
     def linear(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
+        return self.solve(weight.float(), weight.dtype, stats, mask)
+
+    def solve(self, weight: Tensor, dtype: torch.dtype, stats: LinearStats, mask: Tensor | None) -> Weight:
+        """As :meth:`linear`, of a float32 matrix to be stored in ``dtype``."""
         key = ("gptq", self.act_order, self.damping)
         plan = stats.cached(key, lambda: make_plan(stats.hessian, self.damping, self.act_order))
-        values = weight.float().masked_fill(plan.dead, 0)
+        values = weight.masked_fill(plan.dead, 0)
         kept = None
         if mask is not None:
             values.masked_fill_(~mask, 0)
             kept = mask.T[plan.order].contiguous()
-        refit = None if self.act_order else lambda group: self.fit(group, weight.dtype)
+        refit = None if self.act_order else lambda group: self.fit(group, dtype)
         size = effective_group_size(weight.shape[1], self.group_size)
         search = self.mse and refit is None  # a grid that will be fitted anew need not be a good one
-        grid = fit_grid(values, self.bits, size, self.symmetric, search, weight.dtype)
+        grid = fit_grid(values, self.bits, size, self.symmetric, search, dtype, self.full_range)
         sweep = Sweep(values.T[plan.order].contiguous(), plan, grid, refit, kept)
         sweep.run(0, len(plan.order))
         codes = sweep.codes[plan.order.argsort()].T.contiguous()
-        return self.wrap(codes, sweep.grid(weight.dtype), mask)
+        return self.wrap(codes, sweep.grid(dtype), mask)
 
 
 class Sweep:
@@ -109,7 +115,6 @@ class Sweep:
     def _round(self, start: int, stop: int) -> None:
         low, high = code_range(self.bits)
         block, factor = self.work[start:stop], self.factor[start:stop, start:stop].unbind()
-        kept = None if self.kept is None else self.kept[start:stop].to(block.dtype).unbind()
         codes, rounded = torch.empty_like(block), torch.empty_like(block[0])
         for j, (weights, code) in enumerate(zip(block.unbind(), codes.unbind(), strict=True)):
             scale = self.scales[self.groups[start + j]]
@@ -119,8 +124,12 @@ class Sweep:
             else:
                 zero = self.zeros[self.groups[start + j]]
                 torch.sub(code.add_(zero).clamp_(low, high), zero, out=rounded).mul_(scale)
-            if kept is not None:
-                rounded.mul_(kept[j])
+            self.adjust(start + j, weights, code, rounded)
             weights.sub_(rounded)
             block[j + 1 :].addr_(factor[j][j + 1 :], weights, alpha=-1)
         self.codes[start:stop] = codes
+
+    def adjust(self, index: int, weights: Tensor, code: Tensor, rounded: Tensor) -> None:
+        """Have the last word, in place, on what one input's weights (out,) were rounded to, before its error is spread."""
+        if self.kept is not None:
+            rounded.mul_(self.kept[index])

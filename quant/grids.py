@@ -1,4 +1,4 @@
-"""Integer grids: fitting scales and zero-points to groups of weights, rounding to codes, and the base of the
+"""Integer grids: fitting scales and zero-points to groups of weights, rounding to codes, and the bases of the
 quantizers.
 
 A group is a run of consecutive inputs of one output row. Codes are signed, in [-2**(bits-1), 2**(bits-1) - 1], the
@@ -8,13 +8,14 @@ convention of compressed-tensors, and a weight is ``(code - zero_point) * scale`
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compress.passes import LinearPass
+from compress.activations import Inputs
+from compress.passes import LinearPass, StreamPass
 from compress.stats import LinearStats
 from compress.weights import Masked, Quantized, Weight
 
@@ -27,8 +28,8 @@ _SEARCH_ELEMENTS = 1 << 17  # weights searched at a time: what a core's cache ho
 class Grid(NamedTuple):
     """Integer grids of a matrix (out, in), one per row and group.
 
-    scale: (out, groups), the storage dtype, positive and finite. zero_point: (out, groups) int8 within the codes'
-    range, or None for a symmetric grid. bits: 2 to 8.
+    scale: (out, groups), the storage dtype, finite and not zero; negative only on full-range grids. zero_point: (out,
+    groups) int8 within the codes' range, or None for a symmetric grid. bits: 2 to 8.
     """
 
     scale: Tensor
@@ -50,7 +51,9 @@ def effective_group_size(in_features: int, group_size: int | None) -> int:
     return shared if shared == group_size or shared >= _MIN_FALLBACK_GROUP else in_features
 
 
-def fit_grid(weight: Tensor, bits: int, group_size: int | None, symmetric: bool, mse: bool, dtype: torch.dtype) -> Grid:
+def fit_grid(
+    weight: Tensor, bits: int, group_size: int | None, symmetric: bool, mse: bool, dtype: torch.dtype, full_range: bool = False
+) -> Grid:
     """Fit a grid to every group of a matrix.
 
     weight: (out, in) float32. group_size: a divisor of ``in``, or None for one group per row. dtype: of the scales,
@@ -59,21 +62,33 @@ def fit_grid(weight: Tensor, bits: int, group_size: int | None, symmetric: bool,
     ``2 max|w| / (2**bits - 1)``: all codes are used, and the extreme weight errs by half a step, as any other may.
     Otherwise the grid spans [min(0, min w), max(0, max w)] with an integer zero-point, so that zero, hence a pruned
     weight, is on the grid.
+    full_range: of a symmetric grid, put the extreme weight on the one code that has no opposite: AutoRound's
+    ``scale = -extreme / 2**(bits-1)``, which is negative where the extreme is positive.
     mse: shrink the range to whichever of 100 %, 99 %, ... 21 % gives the least sum of |error|**2.4 (the GPTQ code's).
     An all-zero group gets the grid of [-1, 1]. Raises ValueError for weights that are not finite.
     """
     groups = weight.unflatten(1, (-1, group_size or weight.shape[1]))
-    lowest, highest = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
+    lowest, highest = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
     if not bool((lowest.isfinite() & highest.isfinite()).all()):
         raise ValueError("cannot quantize: the weight has entries that are not finite")
     empty = lowest == highest
     lowest, highest = lowest.masked_fill_(empty, -1), highest.masked_fill_(empty, 1)
+    if symmetric and full_range:
+        flip = torch.where(highest > -lowest, -1.0, 1.0).to(weight)  # so that the extreme is negative, as its code
+        reach = torch.maximum(-lowest, highest) * ((2**bits - 1) / 2**bits)
+        grid = _fit(groups * flip.unsqueeze(2), -reach, reach, bits, symmetric, mse, dtype)
+        return grid._replace(scale=grid.scale * flip.to(dtype))
     if symmetric:
         highest = torch.maximum(-lowest, highest)
         lowest = -highest
+    return _fit(groups, lowest, highest, bits, symmetric, mse, dtype)
+
+
+def _fit(groups: Tensor, lowest: Tensor, highest: Tensor, bits: int, symmetric: bool, mse: bool, dtype: torch.dtype) -> Grid:
+    """The grid of groups (out, groups, group) that spans [lowest, highest], or the best share of it where ``mse``."""
     if not mse:
         return _span(lowest, highest, bits, symmetric, dtype)
-    rows = max(1, _SEARCH_ELEMENTS // weight.shape[1])
+    rows = max(1, _SEARCH_ELEMENTS // groups[0].numel())
     shares = [
         _best_shrink(*parts, bits, symmetric, dtype)
         for parts in zip(groups.split(rows), lowest.split(rows), highest.split(rows), strict=True)
@@ -134,28 +149,46 @@ def dequantize(codes: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) ->
     return Quantized(codes, grid.scale.to(dtype), grid.zero_point, grid.bits).dense(dtype)
 
 
-class Quantizer(LinearPass):
-    """Base of the integer quantizers: a grid per group of consecutive inputs, and codes chosen by the method."""
+class Gridded(StreamPass):
+    """What integer quantizers share, whether they see one layer at a time or a whole block: the grids and their settings."""
+
+    regrids: ClassVar[bool] = True
 
     bits: int = Field(4, ge=2, le=8, description="bits per weight")
     group_size: int | None = Field(128, ge=1, description="consecutive inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(True, description="grids centred on zero, without zero-points")
+    full_range: bool = Field(False, description="symmetric grids whose lowest code is the extreme weight, as AutoRound's")
     mse: bool = Field(False, description="search the range that rounds best instead of taking the extremes")
+    activations: Inputs | None = Field(
+        None, description="round the layers' inputs too, token by token: int8, int4 or fp8; none: leave them"
+    )
 
     @field_validator("group_size", mode="before")
     @classmethod
     def _whole_row(cls, value: object) -> object:
         return None if value in (-1, "-1") else value
 
+    @model_validator(mode="after")
+    def _full_range_is_of_symmetric_grids(self) -> Gridded:
+        if self.full_range and not self.symmetric and "full_range" in self.model_fields_set:
+            raise ValueError("full_range is of symmetric grids: drop it, or symmetric=false")
+        return self
+
     def fit(self, weight: Tensor, dtype: torch.dtype) -> Grid:
         """Fit this pass's grid to weight (out, in) float32, with scales of ``dtype``."""
         group_size = effective_group_size(weight.shape[1], self.group_size)
-        return fit_grid(weight, self.bits, group_size, self.symmetric, self.mse, dtype)
+        return fit_grid(weight, self.bits, group_size, self.symmetric, self.mse, dtype, self.full_range)
 
     def wrap(self, codes: Tensor, grid: Grid, mask: Tensor | None) -> Weight:
         """The weight that codes (out, in) on a grid make, zero where ``mask`` is False."""
-        quantized = Quantized(codes, grid.scale, grid.zero_point, grid.bits)
+        quantized = Quantized(codes, grid.scale, grid.zero_point, grid.bits, self.activations)
         return quantized if mask is None else quantized.masked(mask)
+
+    def nearest(self, weight: Tensor, mask: Tensor | None) -> Weight:
+        """Each weight (out, in) at the nearest point of its group's grid, scales in its dtype; zero outside ``mask``."""
+        values = weight.float() if mask is None else weight.float() * mask
+        grid = self.fit(values, weight.dtype)
+        return self.wrap(quantize(values, grid), grid, mask)
 
     def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
         n_outputs, n_inputs = weight.shape
@@ -163,5 +196,9 @@ class Quantizer(LinearPass):
         codes = torch.empty(n_outputs, n_inputs, dtype=torch.int8, device="meta")
         scale = torch.empty(n_outputs, n_groups, dtype=weight.dtype, device="meta")
         zero_point = None if self.symmetric else torch.empty(n_outputs, n_groups, dtype=torch.int8, device="meta")
-        quantized = Quantized(codes, scale, zero_point, self.bits)
+        quantized = Quantized(codes, scale, zero_point, self.bits, self.activations)
         return quantized if mask is None else Masked(quantized, mask.to("meta"))
+
+
+class Quantizer(Gridded, LinearPass):
+    """Base of the integer quantizers that take one layer at a time: codes chosen by the method, on this grid."""

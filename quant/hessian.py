@@ -17,15 +17,17 @@ log = logging.getLogger(__name__)
 
 class Plan(NamedTuple):
     """What the layers that share an input share: order, (in,) int64, in which inputs are rounded; factor: U, (in, in)
-    upper triangular in that order, each row divided by its diagonal; dead: (in,) bool, inputs that were always zero."""
+    upper triangular in that order, each row divided by its diagonal; dead: (in,) bool, inputs that were always zero;
+    diagonal: (in,), that of U, in that order."""
 
     order: Tensor
     factor: Tensor
     dead: Tensor
+    diagonal: Tensor | None = None
 
 
-def make_plan(hessian: Tensor, damping: float, act_order: bool) -> Plan:
-    """Order the inputs of a Hessian (in, in) and factor its inverse."""
+def make_plan(hessian: Tensor, damping: float, act_order: bool, last: Tensor | None = None) -> Plan:
+    """Order the inputs of a Hessian (in, in) and factor its inverse. last: (in,) bool, inputs to come after all others."""
     dead = hessian.diagonal() == 0
     if bool(dead.all()):  # no token came by (an idle expert, say): nothing is known, so round to nearest
         log.warning("an input group saw no calibration tokens; its layers are rounded to nearest")
@@ -33,9 +35,12 @@ def make_plan(hessian: Tensor, damping: float, act_order: bool) -> Plan:
     order = torch.arange(len(dead), device=dead.device)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
+    if last is not None:
+        order = torch.cat([order[~last[order]], order[last[order]]])
     factor = inverse_factor(hessian, damping, order)
-    factor /= factor.diagonal().clone().unsqueeze(1)
-    return Plan(order, factor.float(), dead)
+    diagonal = factor.diagonal().clone()
+    factor /= diagonal.unsqueeze(1)
+    return Plan(order, factor.float(), dead, diagonal.float())
 
 
 def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from compress.passes import Taxon
-from compress.quant.grids import Quantizer, quantize
+from compress.quant.grids import Quantizer
 from compress.stats import LinearStats
 from compress.weights import Weight
 
@@ -20,8 +20,4 @@ class RTN(Quantizer):
     paper: ClassVar[str] = "2210.17323"
 
     def linear(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
-        values = weight.float()
-        if mask is not None:
-            values = values * mask
-        grid = self.fit(values, weight.dtype)
-        return self.wrap(quantize(values, grid), grid, mask)
+        return self.nearest(weight, mask)

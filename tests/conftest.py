@@ -142,19 +142,36 @@ def calibration(text_file: Path):
 
 
 def sensible(key: str, **settings):
-    """A pass of that method that suits a tiny model: few steps where it trains, its defaults where it does not."""
+    """A pass of that method that suits a tiny model: few steps where it learns, its defaults where it does not."""
     from compress import methods
     from compress.passes import TrainPass
 
     if issubclass(methods.get(key), TrainPass):
         settings = {"steps": 3, "batch_size": 2, "length": 16, "learning_rate": 1e-3, **settings}
-    return methods.build(key, settings)
+    few = {"iterations": 3, "epochs": 1, "search_tokens": 64}
+    chosen = {name: value for name, value in few.items() if name in methods.get(key).model_fields}
+    return methods.build(key, chosen | settings)
 
 
 @pytest.fixture(scope="session")
 def make_pass() -> Callable:
     """``make_pass(method key, **settings)``: a pass with settings that suit a tiny model."""
     return sensible
+
+
+@pytest.fixture(scope="session")
+def make_chain(make_pass: Callable) -> Callable[..., list]:
+    """``make_chain(method key, **settings)``: what a run of that method takes; a correction follows a quantizer."""
+    from compress import methods
+    from compress.passes import CorrectionPass
+
+    def make(key: str, **settings) -> list:
+        if not issubclass(methods.get(key), CorrectionPass):
+            return [make_pass(key, **settings)]
+        same_layers = {name: value for name, value in settings.items() if name in ("targets", "skip")}
+        return [make_pass("rtn", **same_layers), make_pass(key, **settings)]
+
+    return make
 
 
 @pytest.fixture(scope="session")

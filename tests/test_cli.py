@@ -217,7 +217,8 @@ def test_methods_lists_every_option_and_default(cli):
         assert found, key
         listed = list(takewhile(lambda line: line.startswith(" " * 6), rest.splitlines()[1:]))
         expected = methods.options(method)
-        assert len(listed) == len(expected) == len(method.model_fields)
+        assert len(expected) == len(method.model_fields) and len(listed) == len(expected) + len(method.efforts)
+        assert all(f"--effort {effort}: " in listed.pop() for effort in reversed(method.efforts))
         for line, (name, default, description) in zip(listed, expected, strict=True):
             assert line.strip() == f"{name}={default}  {description}".strip()
 

@@ -18,7 +18,7 @@ from compress.checkpoint import Checkpoint, digest_files
 from compress.errors import CompressError
 from compress.export import to as export_to
 from compress.manifest import Manifest
-from compress.passes import LinearPass, TrainPass
+from compress.passes import CorrectionPass, LinearPass, ModelPass, TrainPass
 from compress.pipeline import Result
 from compress.recipe import Calibration, Recipe
 from compress.skeleton import Skeleton
@@ -27,6 +27,11 @@ from compress.verify import verify_artifact
 METHODS = list(methods.available())
 LINEAR = [key for key in METHODS if issubclass(methods.get(key), LinearPass)]
 FACTORISING = [key for key in LINEAR if methods.get(key).factorises]
+MODEL = [key for key in METHODS if issubclass(methods.get(key), ModelPass)]
+LEFT_ALONE = {"mxfp4": ("down_proj",)}  # its groups of 32 do not divide the 112 inputs of that layer here
+FIXED_BY_A_FORMAT = (
+    "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_global_scale", "input_global_scale",
+)  # fmt: skip
 
 
 def tensor_bytes(directory: Path) -> int:
@@ -57,14 +62,14 @@ def everything_in(directory: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def results(llama, calibration, make_pass, tmp_path_factory) -> dict[str, Result]:
+def results(llama, calibration, make_chain, tmp_path_factory) -> dict[str, Result]:
     """Each method run once through the whole pipeline, reload in a fresh process included; filled on demand."""
 
     class OnDemand(dict):
         def __missing__(self, key: str) -> Result:
             before = everything_in(llama)
             out = tmp_path_factory.mktemp(key) / "out"
-            self[key] = Pipeline([make_pass(key)], calibration=calibration, evaluate=False).run(llama, out)
+            self[key] = Pipeline(make_chain(key), calibration=calibration, evaluate=False).run(llama, out)
             assert everything_in(llama) == before, "the source was changed"
             assert not list(out.parent.glob("*.partial"))
             return self[key]
@@ -72,11 +77,11 @@ def results(llama, calibration, make_pass, tmp_path_factory) -> dict[str, Result
     return OnDemand()
 
 
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.xdist_group(key)) for key in METHODS])
 class TestPipeline:
     def test_artifact_opens_to_what_was_computed(self, key, results, assert_reloads):
         result = results[key]
-        assert result.verification.how == "stock"
+        assert result.verification.how != "streamed"
         assert not result.verification.missing and not result.verification.unexpected
         exact = 0.0 if key in LINEAR else 1e-5
         assert result.verification.max_difference <= exact
@@ -101,33 +106,36 @@ class TestPipeline:
             "README.md",
         }
         card = (results[key].path / "README.md").read_text()
-        assert results[key].manifest.steps[0].label in card
+        labels = [step.label for step in results[key].manifest.steps]
+        assert all(label in card for label in labels)
         assert ("trust_remote_code=True" in card) == (results[key].manifest.tier == "shim")
         repeated = Recipe.load(results[key].path / "recipe.yaml")
-        assert [step.label() for step in repeated.passes] == [results[key].manifest.steps[0].label]
+        assert [step.label() for step in repeated.passes] == labels
 
-    def test_manifest_names_the_step(self, key, results, llama, make_pass):
+    def test_manifest_names_the_step(self, key, results, llama, make_pass, make_chain):
         manifest = Manifest.read(results[key].path)
         assert manifest == results[key].manifest
-        (step,) = manifest.steps
-        assert (step.method, step.label, step.settings) == (
-            key,
-            make_pass(key).label(),
-            make_pass(key).model_dump(mode="json"),
-        )
+        step, labels = manifest.steps[-1], [step.label() for step in make_chain(key)]
+        assert [step.label for step in manifest.steps] == labels
+        assert (step.method, step.settings) == (key, make_pass(key).model_dump(mode="json"))
         assert step.taxon == methods.get(key).taxon.value and step.paper == methods.get(key).paper
         assert manifest.base == str(llama) and manifest.base_digest == Checkpoint(llama).digest
-        assert len(manifest.modules) == 14
-        assert all(record.passes == [step.label] for record in manifest.modules.values())
-        assert all(record.weight_error > 0 for record in manifest.modules.values())
+        assert manifest.modules if key in MODEL else len(manifest.modules) == 14
+        records = [r for name, r in manifest.modules.items() if not name.endswith(LEFT_ALONE.get(key, ("nothing",)))]
+        if key in LINEAR or issubclass(methods.get(key), TrainPass):
+            assert all(record.passes == labels and record.weight_error > 0 for record in records)
+        else:  # which may leave matrices alone
+            assert all(record.passes in ([], labels) for record in records)
 
     def test_bytes_add_up(self, key, results, llama):
         result = results[key]
         assert result.bytes == result.manifest.nbytes == (result.path / "model.safetensors").stat().st_size
         records = result.manifest.modules.values()
-        assert sum(record.nbytes for record in records) + outer_bytes(llama) == tensor_bytes(result.path)
+        outer = tensor_bytes(result.path) - sum(record.nbytes for record in records)
+        assert outer > 0 if key in MODEL else outer == outer_bytes(llama)
         assert result.manifest.ideal_nbytes <= tensor_bytes(result.path)
-        assert result.manifest.dense_parameters == sum(p.numel() for p in Skeleton(Checkpoint(llama)).model.parameters())
+        n_parameters = sum(p.numel() for p in Skeleton(Checkpoint(llama)).model.parameters())
+        assert key in MODEL or result.manifest.dense_parameters == n_parameters
 
 
 def test_artifact_verifies_block_by_block_and_damage_is_noticed(llama, make_pass, run_stages, tmp_path):
@@ -176,29 +184,30 @@ assert AutoModelForCausalLM.from_pretrained(source).config.model_type == "compre
 
 
 @pytest.mark.parametrize("key", METHODS)
-def test_bfloat16_checkpoint(key, make_checkpoint, make_pass, run_stages, assert_reloads):
-    artifact = run_stages(make_checkpoint("llama", torch.bfloat16), [make_pass(key)], dtype="float32")
+def test_bfloat16_checkpoint(key, make_checkpoint, make_chain, run_stages, assert_reloads):
+    artifact = run_stages(make_checkpoint("llama", torch.bfloat16), make_chain(key), dtype="float32")
     assert_reloads(artifact, atol=0.0 if key in LINEAR else 1e-5)
-    stored = {tensor.dtype for tensor in load_file(artifact / "model.safetensors").values()}
-    assert stored <= {torch.bfloat16, torch.int32, torch.int64}
+    for name, tensor in load_file(artifact / "model.safetensors").items():
+        wide = tensor.is_floating_point() and tensor.itemsize > 1 and name.rpartition(".")[2] not in FIXED_BY_A_FORMAT
+        assert not wide or tensor.dtype == torch.bfloat16, name
 
 
 @pytest.mark.parametrize("key", METHODS)
-def test_biases_and_an_untied_head(key, make_checkpoint, make_pass, run_stages, assert_reloads):
-    artifact = run_stages(make_checkpoint("llama-untied"), [make_pass(key)])
+def test_biases_and_an_untied_head(key, make_checkpoint, make_chain, run_stages, assert_reloads):
+    artifact = run_stages(make_checkpoint("llama-untied"), make_chain(key))
     model = assert_reloads(artifact, atol=0.0 if key in LINEAR else 1e-5)
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
 
 
 @pytest.mark.parametrize("key", METHODS)
-def test_single_token_windows(key, llama, text_file, make_pass, run_stages, assert_reloads):
+def test_single_token_windows(key, llama, text_file, make_chain, run_stages, assert_reloads):
     settings = {"calibration": Calibration(data=str(text_file), samples=130, length=1)}
-    artifact = run_stages(llama, [make_pass(key)], **settings)
+    artifact = run_stages(llama, make_chain(key), **settings)
     assert_reloads(artifact, atol=0.0 if key in LINEAR else 1e-5)
 
 
 @pytest.mark.parametrize("key", LINEAR)
-def test_fewer_tokens_than_inputs_and_a_dead_input(key, llama, text_file, make_pass, run_stages, assert_reloads, tmp_path):
+def test_fewer_tokens_than_inputs_and_a_dead_input(key, llama, text_file, make_chain, run_stages, assert_reloads, tmp_path):
     lamed = tmp_path / "lamed"
     shutil.copytree(llama, lamed)
     tensors = load_file(lamed / "model.safetensors")
@@ -206,17 +215,16 @@ def test_fewer_tokens_than_inputs_and_a_dead_input(key, llama, text_file, make_p
         tensors[name][5:9] = 0  # the linear layers behind it never see those inputs
     save_file(tensors, lamed / "model.safetensors", metadata={"format": "pt"})
     settings = {"calibration": Calibration(data=str(text_file), samples=2, length=10)}
-    artifact = run_stages(lamed, [make_pass(key)], **settings)
+    artifact = run_stages(lamed, make_chain(key), **settings)
     assert_reloads(artifact)
 
 
 @pytest.mark.parametrize("key", LINEAR)
-def test_widths_that_nothing_divides(key, make_checkpoint, make_pass, run_stages, assert_reloads):
+def test_widths_that_nothing_divides(key, make_checkpoint, make_chain, make_pass, run_stages, assert_reloads):
     """Rows that fill no int32, groups that divide no width, and the artifact as the source of another run."""
     source = make_checkpoint("llama", hidden_size=72, intermediate_size=100, head_dim=18)
     settings = {"bits": 3, "group_size": 48, "ratio": 0.7, "sparsity": 0.3}
-    step = make_pass(key, **{k: v for k, v in settings.items() if k in methods.get(key).model_fields})
-    artifact = run_stages(source, [step])
+    artifact = run_stages(source, make_chain(key, **{k: v for k, v in settings.items() if k in methods.get(key).model_fields}))
     assert_reloads(artifact)
     then = run_stages(artifact, [make_pass("rtn", bits=3, group_size=-1)])
     assert_reloads(then)
@@ -229,7 +237,7 @@ def test_widths_that_nothing_divides(key, make_checkpoint, make_pass, run_stages
         for index in range(2):
             for local, weight in skeleton.read_weights(index).items():
                 name = skeleton.module_name(index, local)
-                outlined = skeleton.checkpoint.weight(name, meta=True)
+                outlined = skeleton.checkpoint.weight(name, weight.shape, meta=True)
                 assert (outlined.shape, outlined.nbytes) == (weight.shape, weight.nbytes), name
                 assert weight.nbytes == records[name].nbytes
 
@@ -247,17 +255,22 @@ def test_every_width_of_code_is_packed_and_opened(bits, symmetric, llama, make_p
 
 @pytest.mark.parametrize("key", METHODS)
 def test_neutral_settings_leave_the_model_as_it_is(key, llama, tokens, make_pass, run_stages, reload):
-    neutral = {"sparsity": 0.0, "ratio": 1.0, "bits": 8, "group_size": 16, "learning_rate": 1e-12}
-    fields = methods.get(key).model_fields
-    chosen = {name: value for name, value in neutral.items() if name in fields}
-    assert chosen, f"{key}: say in this test what its neutral settings are"
-    artifact = run_stages(llama, [make_pass(key, **chosen)])
+    neutral = {"sparsity": 0.0, "ratio": 1.0, "bits": 8, "group_size": 32, "learning_rate": 1e-12}
+    if key == "kv_cache":  # whose floats of 8 bits are coarser than its integers
+        neutral |= {"kind": "int", "dynamic": True}
+    method, chain = methods.get(key), []
+    chosen = {name: value for name, value in neutral.items() if name in method.model_fields}
+    if issubclass(method, CorrectionPass):
+        chain, chosen = [make_pass("rtn", bits=8, group_size=16)], {}
+    elif not chosen:
+        pytest.skip("it has no such settings: what it keeps is its own test's to say")
+    artifact = run_stages(llama, [*chain, make_pass(key, **chosen)])
     expected, found = logits_of(reload(llama), tokens), logits_of(reload(artifact), tokens)
-    if "bits" in chosen:
-        assert (found - expected).norm() < 0.05 * expected.norm()
+    if "bits" in chosen or chain:
+        assert (found - expected).norm() < 0.06 * expected.norm()  # OmniQuant begins with a fiftieth of the range cut off
         assert not found.equal(expected)
-    elif issubclass(methods.get(key), TrainPass):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    elif key not in LINEAR:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if issubclass(method, TrainPass) else 1e-3)
     else:
         assert found.equal(expected)
         stored, original = (load_file(directory / "model.safetensors") for directory in (artifact, llama))
@@ -266,8 +279,8 @@ def test_neutral_settings_leave_the_model_as_it_is(key, llama, tokens, make_pass
 
 
 @pytest.mark.parametrize("key", LINEAR)
-def test_layers_that_are_not_targeted_stay_as_they_are(key, llama, make_pass, run_stages, assert_reloads):
-    artifact = run_stages(llama, [make_pass(key, targets="model.layers.1.*", skip="*.up_proj+q_proj")])
+def test_layers_that_are_not_targeted_stay_as_they_are(key, llama, make_chain, run_stages, assert_reloads):
+    artifact = run_stages(llama, make_chain(key, targets="model.layers.1.*", skip="*.up_proj+q_proj"))
     assert_reloads(artifact)
     records = Manifest.read(artifact).modules
     touched = {name for name, record in records.items() if record.passes}
@@ -276,7 +289,8 @@ def test_layers_that_are_not_targeted_stay_as_they_are(key, llama, make_pass, ru
     for name in records.keys() - touched:
         assert stored[f"{name}.weight"].equal(original[f"{name}.weight"])
     for name in touched:
-        assert f"{name}.weight" not in stored or not stored[f"{name}.weight"].equal(original[f"{name}.weight"])
+        new, old = stored.get(f"{name}.weight"), original[f"{name}.weight"]
+        assert new is None or new.dtype != old.dtype or new.equal(old) == name.endswith(LEFT_ALONE.get(key, ("nothing",)))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -292,9 +306,9 @@ def test_dense_export_of_everything_at_once(family, make_checkpoint, make_pass, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("key", METHODS)
-def test_a_gpu_computes_what_the_cpu_does(key, llama, make_pass, run_stages, assert_reloads):
-    step = make_pass(key)
-    on_cpu, on_gpu = (run_stages(llama, [step], device=device, dtype="float32") for device in ("cpu", "cuda"))
+def test_a_gpu_computes_what_the_cpu_does(key, llama, make_chain, run_stages, assert_reloads):
+    chain = make_chain(key)
+    on_cpu, on_gpu = (run_stages(llama, chain, device=device, dtype="float32") for device in ("cpu", "cuda"))
     assert_reloads(on_gpu, atol=1e-2 if key in LINEAR else 5e-2)
     records = [Manifest.read(artifact).modules for artifact in (on_cpu, on_gpu)]
     for name, record in records[0].items():

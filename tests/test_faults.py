@@ -145,8 +145,8 @@ def test_passes(refused, step: str, words: tuple[str, ...]):
     refused(*words, passes=(step,))
 
 
-def test_asymmetric_grids_that_no_reader_opens(refused):
-    refused("asymmetric", "one scheme", "group_size", passes=("rtn:symmetric=false,group_size=96,targets=*",))
+def test_four_bit_floats_that_no_reader_opens_in_float32(refused):
+    refused("4-bit floats", "bfloat16 only", passes=("nvfp4", "rtn:targets=*o_proj"))
 
 
 def test_no_passes(refused):

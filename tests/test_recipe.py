@@ -137,12 +137,14 @@ def test_fingerprint_depends_on_every_setting(key: str):
     default = Recipe.parse({"passes": [key]})
     content = default.passes[0].model_dump(mode="json")
     assert set(content) == set(methods.get(key).model_fields)
-    changes = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 0.5 or 0.5, type(None): lambda v: 5}
+    changes = {bool: lambda v: not v, int: lambda v: v - 1 or 2, float: lambda v: v * 0.5 or 0.5, type(None): lambda v: 5}
     changed = 0
     for name, value in content.items():
         change = changes.get(type(value))
+        choices = [choice for choice in get_args(methods.get(key).model_fields[name].annotation) if choice != value]
+        changed_value = change(value) if change else choices[0] if choices else value
         try:
-            other = Recipe.parse({"passes": [{key: {name: change(value)}}]}) if change else default
+            other = Recipe.parse({"passes": [{key: {name: changed_value}}]})
         except BadInput:
             continue
         if other != default:
@@ -271,3 +273,28 @@ def test_evaluation_is_a_default():
     assert Pipeline(["rtn"], evaluate=False).recipe.evaluation is None
     with pytest.raises(BadInput, match="unknown key 'sead'"):
         Pipeline(["rtn"], sead=3)
+
+
+def test_effort_sets_the_options_that_nobody_chose():
+    parse = lambda effort, step: Recipe.parse({"effort": effort, "passes": [step]}).passes[0]  # noqa: E731
+    fast, default, best = (parse(effort, "autoround:bits=3") for effort in ("fast", "default", "best"))
+    assert fast.iterations < default.iterations < best.iterations and {step.bits for step in (fast, default, best)} == {3}
+    assert parse("best", "autoround:iterations=7").iterations == 7
+    assert parse("best", methods.build("autoround", {"iterations": 7})).iterations == 7
+    assert parse("best", "rtn") == parse("default", "rtn")
+    with pytest.raises(BadInput, match="effort"):
+        Recipe.parse({"effort": "utmost", "passes": ["rtn"]})
+
+
+def test_effort_is_written_out_in_the_passes(tmp_path):
+    recipe = Recipe.parse({"effort": "fast", "passes": ["autoround"]})
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    again = Recipe.load(tmp_path / "recipe.yaml")
+    assert again == recipe and again.fingerprint() == recipe.fingerprint()
+    assert f"iterations: {recipe.passes[0].iterations}" in recipe.dump()
+
+
+@pytest.mark.parametrize("key", [key for key, method in methods.available().items() if method.efforts])
+def test_efforts_name_real_options(key):
+    for effort, chosen in methods.get(key).efforts.items():
+        assert effort in ("fast", "best") and methods.build(key, chosen) is not None

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from compress.distill.logit_kd import LogitKD
 from compress.distill.losses import forward_kl
 from compress.errors import BadInput, CompressError
+from compress.loader import LowRankLinear
 from compress.passes import TrainPass
 from compress.train import STATE_FILE, TrainableLinear, TrainResult, head_of, train
 from compress.weights import Dense, LowRank, Quantized, Weight, assert_structure_kept, structure
@@ -90,19 +91,13 @@ def low_rank(weight: Tensor) -> LowRank:
     return LowRank(quantized(down.to(weight.dtype)), masked(up.to(weight.dtype)))
 
 
-class Factors(nn.Module):
+def factors(weight: LowRank, bias: Tensor | None) -> LowRankLinear:
     """What a loader puts in the place of a linear layer that has become two."""
-
-    def __init__(self, weight: LowRank, bias: Tensor | None):
-        super().__init__()
-        self.down = nn.Linear(*weight.down.shape[::-1], bias=False)
-        self.up = nn.Linear(*weight.up.shape[::-1], bias=bias is not None)
-        self.down.weight.data, self.up.weight.data = weight.down.dense(torch.float32), weight.up.dense(torch.float32)
-        if bias is not None:
-            self.up.bias.data = bias.clone()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
+    module = LowRankLinear(weight.shape[1], weight.shape[0], bias is not None, weight.rank, {})
+    module.down.weight.data, module.up.weight.data = weight.down.dense(torch.float32), weight.up.dense(torch.float32)
+    if bias is not None:
+        module.up.bias.data = bias.clone()
+    return module
 
 
 def compressed(teacher: PreTrainedModel, how, dtype=torch.float32) -> tuple[PreTrainedModel, dict[str, Weight]]:
@@ -114,7 +109,7 @@ def compressed(teacher: PreTrainedModel, how, dtype=torch.float32) -> tuple[PreT
         matrix = module.weight.data.T if transposed else module.weight.data
         weight = weights[name] = how(matrix.to(dtype).contiguous())
         if isinstance(weight, LowRank):
-            student.set_submodule(name, Factors(weight, None if module.bias is None else module.bias.data))
+            student.set_submodule(name, factors(weight, None if module.bias is None else module.bias.data))
         else:
             dense = weight.dense(torch.float32)
             module.weight.data = dense.T.contiguous() if transposed else dense
@@ -186,7 +181,7 @@ def test_low_rank_factors_are_written_back_with_their_bias(llama, tokens, tmp_pa
     bias = student.model.layers[0].self_attn.q_proj.up.bias.clone()
     trained = fit(student, weights, llama, tokens, tmp_path, steps=3).weights["model.layers.0.self_attn.q_proj"]
     module = student.model.layers[0].self_attn.q_proj
-    assert isinstance(trained, LowRank) and isinstance(module, Factors)
+    assert isinstance(trained, LowRank) and isinstance(module, LowRankLinear)
     assert torch.equal(module.down.weight, trained.down.dense()) and torch.equal(module.up.weight, trained.up.dense())
     assert not torch.equal(module.up.bias, bias)
 

@@ -97,7 +97,7 @@ def test_masks_nest():
         both = weight.masked(first).masked(second)
         assert isinstance(both, Masked) and torch.equal(both.kept, first & second)
         assert torch.equal(both.dense(), weight.dense() * (first & second))
-    with pytest.raises(TypeError, match="factors"):
+    with pytest.raises(TypeError, match="parts"):
         every_kind()["low rank"].masked(first)
 
 

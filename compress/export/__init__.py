@@ -1,8 +1,12 @@
-"""Formats: one file each. A module with a function ``export(source, out, *, overwrite)`` is a target of `compress export`."""
+"""Formats: one file each. A module with a function ``export(source, out, *, overwrite)`` is a target of `compress export`.
+
+Where the function takes a ``variant`` too, that is what follows a colon: `--to gguf:q4_0`.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
 
@@ -17,11 +21,16 @@ def targets() -> dict[str, str]:
 
 
 def to(name: str, source: Path, out: Path, *, overwrite: bool = False) -> Path:
-    """Export ``source`` in the format of that name. Raises BadInput for an unknown one."""
+    """Export ``source`` in the format of that name, ``FORMAT`` or ``FORMAT:VARIANT``. Raises BadInput for an unknown one."""
     from compress.errors import BadInput
     from compress.methods import did_you_mean
 
-    known = targets()
-    if name not in known:
-        raise BadInput(f"--to {name}: unknown format{did_you_mean(name, known)}; formats: {', '.join(known)}")
-    return import_module(known[name]).export(source, out, overwrite=overwrite)
+    known, (target, _, variant) = targets(), name.partition(":")
+    if target not in known:
+        raise BadInput(f"--to {name}: unknown format{did_you_mean(target, known)}; formats: {', '.join(known)}")
+    export = import_module(known[target]).export
+    if not variant:
+        return export(source, out, overwrite=overwrite)
+    if "variant" not in signature(export).parameters:
+        raise BadInput(f"--to {name}: {target} has no variants")
+    return export(source, out, overwrite=overwrite, variant=variant)

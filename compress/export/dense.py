@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from compress.checkpoint import Checkpoint
+from compress.journal import OUTER, block_part
 from compress.skeleton import Skeleton
-from compress.stream import OUTER, block_part
 from compress.workspace import Workspace, check_not_source
 from compress.writer import BlockStore, write_text
 
@@ -35,7 +35,7 @@ def export(source: Path, out: Path, *, overwrite: bool = False) -> Path:
         artifact = workspace.directory / "artifact"
         artifact.mkdir(exist_ok=True)
         store.assemble(parts, artifact)
-        write_text(artifact / "config.json", json.dumps(_config(checkpoint), indent=2) + "\n")
+        write_text(artifact / "config.json", json.dumps(checkpoint.plain_config, indent=2) + "\n")
         checkpoint.copy_companions(artifact)
         workspace.publish(artifact, out)
     return out
@@ -46,16 +46,6 @@ def _dense_block(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
     for local, weight in skeleton.read_weights(index).items():
         values = weight.dense()
         tensors[f"{skeleton.module_name(index, local)}.weight"] = values.T if skeleton.is_conv1d(local) else values
-    for name in skeleton.block_names(index):
+    for name in skeleton.block_names(index, cache_scales=False):
         tensors[name] = skeleton.checkpoint.tensor(skeleton.file_name(name))
     return tensors
-
-
-def _config(checkpoint: Checkpoint) -> dict:
-    raw = dict(checkpoint.raw_config)
-    for key in ("quantization_config", "compress_modules"):
-        raw.pop(key, None)
-    if base := raw.pop("base_model_type", None):
-        raw.pop("auto_map", None)
-        raw |= {"model_type": base, "architectures": raw.pop("base_architectures", None)}
-    return raw

@@ -1,5 +1,7 @@
 """GPTQ: what its sweep must equal in closed form, its order and groups, masks, and degenerate statistics."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from compress.quant.hessian import Plan, inverse_factor, make_plan
 from compress.quant.rtn import RTN
 from compress.stats import LinearStats
 from compress.weights import Masked, Quantized, Weight
+
+plain_gptq = partial(GPTQ, mse=False, full_range=False)  # on the grids that RTN rounds to
 
 
 def stats_of(hessian: torch.Tensor, n: int = 1000) -> LinearStats:
@@ -38,7 +42,7 @@ def test_diagonal_hessian_is_rounding_to_nearest(act_order, symmetric, group_siz
     settings = {"group_size": group_size, "symmetric": symmetric, "mse": mse, "bits": 3}
     nearest = RTN(**settings).linear(weight, LinearStats(96, ()), None)
     for hessian in (torch.eye(96), torch.diag(torch.rand(96) * 100 + 0.01)):
-        result = GPTQ(act_order=act_order, **settings).linear(weight, stats_of(hessian), None)
+        result = plain_gptq(act_order=act_order, **settings).linear(weight, stats_of(hessian), None)
         assert torch.equal(codes_of(result), codes_of(nearest))
         assert torch.equal(result.dense(), nearest.dense())
 
@@ -84,7 +88,7 @@ def test_dynamic_groups_equal_a_plain_loop():
     n_inputs, size = 96, 24
     x, weight = correlated(n_inputs).float(), torch.randn(6, n_inputs)
     hessian = x.T @ x
-    step = GPTQ(bits=3, group_size=size, act_order=False)
+    step = plain_gptq(bits=3, group_size=size, act_order=False)
     result = step.linear(weight, stats_of(hessian), None)
     factor = inverse_factor(hessian.double(), step.damping)
     work, grid, expected = weight.double(), None, torch.empty(6, n_inputs, dtype=torch.float64)
@@ -110,14 +114,14 @@ def output_error(weight: torch.Tensor, result: Weight, x: torch.Tensor) -> float
 def test_beats_rounding_to_nearest(act_order):
     x, weight = correlated(128), torch.randn(64, 128)
     stats = stats_of(x.T @ x)
-    result = GPTQ(bits=3, group_size=32, act_order=act_order).linear(weight, stats, None)
+    result = plain_gptq(bits=3, group_size=32, act_order=act_order).linear(weight, stats, None)
     nearest = RTN(bits=3, group_size=32).linear(weight, stats, None)
     assert output_error(weight, result, x) < 0.7 * output_error(weight, nearest, x)
 
 
 def test_act_order_keeps_the_grids_of_the_original_groups():
     x, weight = correlated(64) * torch.rand(64, dtype=torch.float64) * 9, torch.randn(8, 64)
-    result = GPTQ(group_size=16).linear(weight, stats_of(x.T @ x), None)
+    result = plain_gptq(group_size=16).linear(weight, stats_of(x.T @ x), None)
     assert isinstance(result, Quantized)
     assert torch.equal(result.scale, fit_grid(weight, 4, 16, True, False, torch.float32).scale)
     plan = make_plan(x.T @ x, 0.01, True)
@@ -131,7 +135,7 @@ def test_masked_weights_stay_zero_and_are_made_up_for(act_order, symmetric):
     mask = torch.rand(32, 64) < 0.6
     weight = torch.randn(32, 64) * mask
     stats, settings = stats_of(x.T @ x), {"bits": 3, "group_size": 16, "symmetric": symmetric}
-    solved = GPTQ(act_order=act_order, **settings).linear(weight, stats, mask)
+    solved = plain_gptq(act_order=act_order, **settings).linear(weight, stats, mask)
     nearest = RTN(**settings).linear(weight, stats, mask)
     assert isinstance(solved, Masked) and torch.equal(solved.kept, mask)
     assert solved.dense()[~mask].count_nonzero() == 0
@@ -150,13 +154,13 @@ def test_weights_on_the_grid_are_unchanged(act_order):
 
 
 def test_true_sequential_asks_for_new_statistics():
-    assert GPTQ(true_sequential=True).sequential and not GPTQ().sequential
+    assert plain_gptq(true_sequential=True).sequential and not plain_gptq().sequential
 
 
 def test_dead_input_loses_its_weights():
     x = correlated(32)
     x[:, 5] = 0
-    result = GPTQ(group_size=16, symmetric=False).linear(torch.randn(4, 32), stats_of(x.T @ x), None)
+    result = plain_gptq(group_size=16, symmetric=False).linear(torch.randn(4, 32), stats_of(x.T @ x), None)
     assert result.dense()[:, 5].count_nonzero() == 0 and bool(result.dense().isfinite().all())
     assert result.dense().count_nonzero() > 100
 
@@ -164,8 +168,8 @@ def test_dead_input_loses_its_weights():
 def test_single_token_and_none():
     weight = torch.randn(4, 32)
     x = torch.randn(1, 32)
-    assert bool(GPTQ(bits=4).linear(weight, stats_of(x.T @ x, 1), None).dense().isfinite().all())
-    idle = GPTQ(bits=4).linear(weight, stats_of(torch.zeros(32, 32), 0), None)
+    assert bool(plain_gptq(bits=4).linear(weight, stats_of(x.T @ x, 1), None).dense().isfinite().all())
+    idle = plain_gptq(bits=4).linear(weight, stats_of(torch.zeros(32, 32), 0), None)
     assert torch.equal(idle.dense(), RTN(bits=4).linear(weight, LinearStats(32, ()), None).dense())
 
 
@@ -182,11 +186,11 @@ def test_layers_of_an_input_group_share_one_factor(monkeypatch):
     stats, calls = stats_of(torch.eye(16)), []
     monkeypatch.setattr("compress.quant.gptq.make_plan", lambda *given: calls.append(1) or make_plan(*given))
     for _ in range(3):
-        GPTQ().linear(torch.randn(4, 16), stats.only({"hessian"}), None)
+        plain_gptq().linear(torch.randn(4, 16), stats.only({"hessian"}), None)
     assert len(calls) == 1
 
 
 def test_bfloat16_weights_and_odd_width():
     x = correlated(40)
-    result = GPTQ(group_size=32, bits=8).linear(torch.randn(4, 40).to(torch.bfloat16), stats_of(x.T @ x), None)
+    result = plain_gptq(group_size=32, bits=8).linear(torch.randn(4, 40).to(torch.bfloat16), stats_of(x.T @ x), None)
     assert isinstance(result, Quantized) and result.group_size == 40 and result.dense().dtype == torch.bfloat16

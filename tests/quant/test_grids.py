@@ -21,14 +21,15 @@ def grids(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     weight = torch.randn(3, 24, generator=generator) * magnitude + draw(st.sampled_from([0.0, magnitude]))
     weight[torch.rand(3, 24, generator=generator) < 0.2] = 0
-    return weight, fit_grid(weight, bits, draw(st.sampled_from([8, 24, None])), symmetric, mse, dtype), dtype
+    group_size, full_range = draw(st.sampled_from([8, 24, None])), draw(st.booleans())
+    return weight, fit_grid(weight, bits, group_size, symmetric, mse, dtype, full_range), dtype
 
 
 @settings(max_examples=60, deadline=None)
 @given(grids())
 def test_grid_invariants(case):
     weight, grid, dtype = case
-    assert grid.scale.dtype == dtype and bool(((grid.scale > 0) & grid.scale.isfinite()).all())
+    assert grid.scale.dtype == dtype and bool(((grid.scale != 0) & grid.scale.isfinite()).all())
     codes = quantize(weight, grid)
     values = dequantize(codes, grid)
     assert codes.amin() >= code_range(grid.bits)[0] and codes.amax() <= code_range(grid.bits)[1]
@@ -106,3 +107,22 @@ def test_fields():
     for wrong in ({"bits": 1}, {"bits": 9}, {"group_size": 0}, {"group": 3}):
         with pytest.raises(ValidationError):
             RTN.model_validate(wrong)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("extreme", [-3.0, 3.0])
+def test_full_range_puts_the_extreme_on_the_code_without_an_opposite(bits, extreme):
+    """AutoRound's grid: the extreme weight is exact, whatever its sign, and the scale is finer than the two-sided one."""
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(bits)).clamp(-2.5, 2.5)
+    weight[:, 5] = extreme
+    grid = fit_grid(weight, bits, None, True, False, torch.float32, full_range=True)
+    codes = quantize(weight, grid)
+    assert bool((codes[:, 5] == code_range(bits)[0]).all())
+    torch.testing.assert_close(dequantize(codes, grid)[:, 5], weight[:, 5])
+    assert bool((grid.scale.abs() < fit_grid(weight, bits, None, True, False, torch.float32).scale).all())
+    assert bool(((grid.scale < 0) == (extreme > 0)).all())
+
+
+def test_full_range_is_of_symmetric_grids():
+    with pytest.raises(ValidationError, match="full_range"):
+        RTN(full_range=True, symmetric=False)

@@ -1,0 +1,157 @@
+"""Every quantizer at its defaults on the bundled checkpoint: true bits, tier, what loads it, time, and what it cost.
+
+Each chain is run through the library as a user runs it, the reload in a fresh process included; the time is that of the
+passes alone. True bits are those of the compressed layers' tensors in the file, scales, indices and shapes counted. A
+method that needs another one beside it (a correction, a rotation before rounding) is shown with it, and what it is to be
+compared with stands in the table too. `--write README.md` puts the table between the marks that are there for it.
+
+    python benchmarks/quantizers.py --write README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import methods
+from compress.calibration import load_tokenizer, read_text, window_length, windows
+from compress.checkpoint import Checkpoint
+from compress.demo import MODEL
+from compress.errors import CompressError
+from compress.eval.fidelity import base_logprobs, compare
+from compress.evaluation import load_model
+from compress.pipeline import Pipeline, Result
+from compress.recipe import Calibration
+
+RESULTS = Path(__file__).parent / "results" / "quantizers.json"
+MARKS = ("<!-- quantizers -->", "<!-- /quantizers -->")
+COMPANIONS = {
+    "embeddings": ["embeddings:bits=8"],
+    "kv_cache": ["kv_cache"],
+    "lorc": ["gptq:bits=3", "lorc"],
+    "quarot": ["quarot", "gptq:bits=3"],
+    "smoothquant": ["smoothquant", "rtn:bits=8,group_size=-1,activations=int8"],
+}
+BASELINES = [
+    ["gptq:bits=3"], ["rtn:bits=3"], ["gptq:bits=3,group_size=64"], ["gptq:bits=2,group_size=64"], ["rtn:bits=2,group_size=64"],
+    ["rtn:bits=8,group_size=-1,activations=int8"],
+]  # fmt: skip
+TRAINED = [["autoround:bits=2,group_size=64"], ["omniquant:bits=2,group_size=64"], ["awq:bits=3"], ["quip:bits=2"]]
+LOADS = {
+    "native": "any transformers",
+    "native-quantized": "transformers + compressed-tensors, vLLM",
+    "shim": "`trust_remote_code=True` or `import compress`",
+}
+
+
+def chains(only: list[str] | None) -> list[list[str]]:
+    """What is run: every quantizer at its defaults, and what it is compared with."""
+    keys = [key for key, method in methods.available().items() if method.__module__.startswith("compress.quant.")]
+    found = (
+        [COMPANIONS.get(key, [key]) for key in keys] + BASELINES + [chain for chain in TRAINED if chain[0].split(":")[0] in keys]
+    )
+    return [chain for chain in found if not only or any(part in " ".join(chain) for part in only)]
+
+
+class Clock:
+    """A progress callable that notes when the passes are done: when the reload begins."""
+
+    def __init__(self) -> None:
+        self.start, self.seconds = time.monotonic(), 0.0
+
+    def __call__(self, done: int, total: int, message: str) -> None:
+        if message.startswith("checking the source"):
+            self.start = time.monotonic()
+        if message.startswith("reloading"):
+            self.seconds = time.monotonic() - self.start
+
+
+def true_bits(result: Result) -> float:
+    """Bits per weight of the layers that were compressed, all of their tensors counted."""
+    records = [record for record in result.manifest.modules.values() if record.passes]
+    return 8 * sum(record.nbytes for record in records) / sum(record.shape[0] * record.shape[1] for record in records)
+
+
+def measure(chain: list[str], calibration: Calibration, tokens: torch.Tensor, stored: Path, out: Path) -> dict[str, Any]:
+    """One row."""
+    clock = Clock()
+    result = Pipeline(chain, calibration=calibration, evaluate=False).run(MODEL, out, overwrite=True, progress=clock)
+    fidelity = compare(load_model(out, torch.float32, "cpu"), tokens, stored)
+    millions = result.manifest.dense_parameters / 1e6
+    config = json.loads((out / "config.json").read_text())
+    library = config.get("quantization_config", {}).get("quant_method")
+    loads = "transformers + bitsandbytes" if library == "bitsandbytes" else LOADS[result.manifest.tier]
+    return {
+        "chain": " ".join(chain), "bits": round(true_bits(result), 3), "bytes": result.bytes, "tier": result.manifest.tier,
+        "loads": loads, "seconds_per_million": round(clock.seconds / millions, 2), "perplexity": round(fidelity.perplexity, 4),
+        "kl": round(fidelity.kl_mean, 5), "difference": result.verification.max_difference,
+    }  # fmt: skip
+
+
+def markdown(rows: list[dict[str, Any]], protocol: str) -> str:
+    """The table of the README."""
+    lines = [
+        "| passes | true bits per weight | file, MB | tier | loads with | s per M parameters | perplexity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| `{row['chain']}` | {row['bits']:.2f} | {row['bytes'] / 1e6:.2f} | {row['tier']} | {row['loads']} | "
+            f"{row['seconds_per_million']:.1f} | {row['perplexity']:.2f} |"
+        )
+    return "\n".join([*lines, "", protocol])
+
+
+def main() -> int:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=64, help="held-out windows")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", help="comma-separated parts of chains")
+    parser.add_argument("--write", type=Path, help="a file with marks, to put the table into")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    checkpoint = Checkpoint.open(MODEL)
+    length = window_length(None, checkpoint.config)
+    texts, source = read_text(None, bundled="held_out")
+    tokenizer = load_tokenizer(MODEL, checkpoint.config.vocab_size)
+    chosen = windows(tokenizer, texts, source, n=options.windows, length=length, seed=0, at_most=True)
+    known = {row["chain"]: row for row in json.loads(RESULTS.read_text())["rows"]} if options.only and RESULTS.exists() else {}
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        stored = base_logprobs(load_model(MODEL, torch.float32, "cpu"), chosen.tokens, Path(scratch) / "base.npy")
+        base = compare(load_model(MODEL, torch.float32, "cpu"), chosen.tokens, stored).perplexity
+        calibration = Calibration(samples=options.samples, length=length)
+        for chain in chains(options.only.split(",") if options.only else None):
+            try:
+                rows.append(measure(chain, calibration, chosen.tokens, stored, Path(scratch) / "out"))
+                print(rows[-1], file=sys.stderr, flush=True)
+            except CompressError as error:
+                print(f"{' '.join(chain)}: {error}", file=sys.stderr, flush=True)
+    rows = list((known | {row["chain"]: row for row in rows}).values())
+    protocol = (
+        f"Bundled checkpoint, perplexity {base:.2f} per token before; {len(chosen.tokens)} held-out windows and "
+        f"{options.samples} calibration windows of {length} tokens of bundled text, float32, seed 0, "
+        f"{options.threads} threads of a CPU."
+    )
+    RESULTS.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=1) + "\n")
+    table = markdown(rows, protocol)
+    if options.write:
+        text = options.write.read_text()
+        pattern = re.compile(f"{MARKS[0]}.*?{MARKS[1]}", re.DOTALL)
+        options.write.write_text(pattern.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", text))
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Apply a pass to a weight in any representation: factor by factor, part by part, masks kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compress.errors import BadInput, CompressError
+from compress.passes import CorrectionPass, LinearPass, ModelPass, Pass, StreamPass
+from compress.skeleton import Skeleton
+from compress.stats import LinearStats
+from compress.weights import Coded, Columns, Composed, Dense, Incoherent, LowRank, Masked, Outliers, Sum, Weight
+from compress.weights.composed import unmasked
+
+
+def apply(step: StreamPass, weight: Weight, stats: LinearStats, original: Tensor | None = None) -> Weight:
+    """Apply one linear pass.
+
+    A pass that does not factorise is applied to each factor of a low-rank weight, the second one with the statistics
+    carried through the first as compressed, to those parts of a sum that are matrices of their own, and to a matrix in
+    the basis in which it is kept, unless the pass chooses a basis itself. An earlier mask is given to the
+    pass and holds in its result. original: (out, in), the layer when the stage began.
+    """
+    if isinstance(step, CorrectionPass):
+        if original is None:
+            raise CompressError(f"{step.method()} has no uncorrected layer to go by")
+        return step.correct(original, weight, stats.only(step.needs.stats))
+    assert isinstance(step, LinearPass)
+    if not step.factorises and isinstance(weight, LowRank):
+        down = apply(step, weight.down, stats)
+        through = stats.through(down.dense(torch.float32)) if step.needs.stats else stats
+        return LowRank(down, apply(step, weight.up, through))
+    if not step.factorises and isinstance(weight, Sum):
+        return Sum(tuple(apply(step, part, stats) if _is_matrix(part) else part for part in weight.parts))
+    if not step.factorises and isinstance(weight, Incoherent):
+        inner = apply(step, weight.inner, weight.carry(stats) if step.needs.stats else stats)
+        if not isinstance(inner, Incoherent):
+            return weight.around(inner)
+    result = step.linear(weight.dense(), stats.only(step.needs.stats), weight.mask)
+    return _settle(step, weight, result)
+
+
+def outline(step: StreamPass, weight: Weight) -> Weight:
+    """What :func:`apply` would give for a weight of meta tensors."""
+    if isinstance(step, CorrectionPass):
+        return step.correct(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), weight, _no_stats(weight))
+    factorises = isinstance(step, LinearPass) and step.factorises
+    if not factorises and isinstance(weight, LowRank):
+        return LowRank(outline(step, weight.down), outline(step, weight.up))
+    if not factorises and isinstance(weight, Sum):
+        return Sum(tuple(outline(step, part) if _is_matrix(part) else part for part in weight.parts))
+    if not factorises and isinstance(weight, Incoherent):
+        inner = outline(step, weight.inner)
+        if not isinstance(inner, Incoherent):
+            return weight.around(inner)
+    return _settle(step, weight, step.outline(weight.dense(), _no_stats(weight), weight.mask))
+
+
+def outlines(
+    skeleton: Skeleton, passes: Sequence[Pass], chosen: Mapping[StreamPass, Mapping[str, LinearPass]] = {}
+) -> Iterator[tuple[str, Pass | None, Weight, Weight]]:
+    """(layer name, pass, weight before, weight after), of meta tensors, for every layer as it is (None) and then for each
+    pass that changes it. chosen: for passes that survey the model, what they allot to each layer, where that is known.
+
+    Raises :class:`BadInput` where a pass cannot take a layer.
+    """
+    for index in range(len(skeleton.blocks)):
+        for local, weight in skeleton.read_weights(index, meta=True).items():
+            name = skeleton.module_name(index, local)
+            yield name, None, weight, weight
+            for step in passes:
+                before = weight
+                try:
+                    if isinstance(step, ModelPass):
+                        weight = step.outline(before)
+                    elif isinstance(step, StreamPass) and step.matches(name):
+                        weight = outline(chosen[step][name] if step in chosen else step, before)
+                    else:
+                        continue
+                except ValueError as error:
+                    raise BadInput(f"{step.label()} at {name}: {error}") from None
+                yield name, step, before, weight
+
+
+def _no_stats(weight: Weight) -> LinearStats:
+    return LinearStats(weight.shape[1], (), "meta")
+
+
+def _is_matrix(part: Weight) -> bool:
+    return not isinstance(unmasked(part), Outliers | Columns)
+
+
+def _settle(step: StreamPass, weight: Weight, result: Weight) -> Weight:
+    """Keep of the earlier weight what a pass promises to keep."""
+    if isinstance(step, LinearPass) and step.factorises:
+        if isinstance(result, Composed):
+            smaller = not isinstance(weight, LowRank) or not isinstance(result, LowRank) or result.rank < weight.rank
+            return result if smaller else weight
+        return weight
+    inner = unmasked(weight)
+    if isinstance(result, Masked) and isinstance(result.inner, Dense) and not isinstance(inner, Dense):
+        return weight.masked(result.kept)  # pruning a grid keeps it
+    if isinstance(result, Dense) and isinstance(inner, Coded):
+        return weight
+    if weight.mask is not None and result.mask is None:
+        return result.masked(weight.mask)
+    return result

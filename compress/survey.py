@@ -1,0 +1,82 @@
+"""Measure every layer before a stage, so that a budget can be shared out among them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.block import Block
+from compress.errors import CompressError
+from compress.passes import LinearPass, StreamPass
+from compress.progress import Progress
+from compress.skeleton import Skeleton
+from compress.stats import LinearStats
+from compress.stream import Stream
+from compress.weights import Weight
+from compress.writer import BlockStore, write_text
+
+_EFFECT_SEQUENCES = 8  # windows on which a change of the block's output is measured
+
+
+class Survey(Stream):
+    """A stream that changes nothing: what its one pass finds of each layer, with inputs that no compression has touched."""
+
+    @torch.no_grad()
+    def find(self) -> dict[str, Any]:
+        """The pass's measurements by full layer name."""
+        ((step,),) = self.phases
+        n_blocks, found = len(self.skeleton.blocks), {}
+        self._start_activations()
+        for index in range(n_blocks):
+            self.progress(index, n_blocks, f"measuring block {index + 1} of {n_blocks}")
+            block = Block(self.skeleton, index, self.skeleton.read_weights(index), self.skeleton.read_others(index))
+            gathered = self._collect(block, [step], self.skeleton.arch.groups)
+            for group in self.skeleton.arch.groups:
+                for local in group:
+                    if step.matches(block.name(local)):
+                        found[block.name(local)] = self._measure(step, block, local, gathered.get(group))
+            self._propagate(index)
+            self.skeleton.free_block(index)
+        return found
+
+    def _measure(self, step: StreamPass, block: Block, local: str, stats: LinearStats | None) -> Any:
+        assert self.activations is not None
+        own = stats.only(step.needs.stats) if stats is not None else self._no_stats(block.weights[local].shape[1])
+        rows, weight = self.activations[:_EFFECT_SEQUENCES], block.weights[local]
+        outputs = block.run(rows)
+
+        def effect(other: Weight) -> float:
+            block.set(local, other)
+            change = (block.run(rows) - outputs).float().square().sum() / outputs.float().square().sum()
+            block.set(local, weight)
+            return float(change)
+
+        return step.survey(weight.map(lambda tensor: tensor.to(self.skeleton.device)), own, effect)
+
+
+def allocations(
+    skeleton: Skeleton, passes: list[StreamPass], tokens: Tensor, directory: Path, progress: Progress
+) -> dict[StreamPass, dict[str, LinearPass]]:
+    """For each pass that surveys, what it allots to every layer. The findings are kept in ``directory`` for a rerun."""
+    chosen = {}
+    for number, step in enumerate(passes):
+        if not step.surveys:
+            continue
+        file = directory / f"survey-{number}.json"
+        if not file.exists():
+            store = BlockStore(directory / "survey")
+            found = Survey(skeleton, [step], tokens, store, directory, progress=progress).find()
+            write_text(file, json.dumps(found))
+        names = [
+            tuple(skeleton.module_name(index, local) for local in group)
+            for index in range(len(skeleton.blocks)) for group in skeleton.arch.groups
+        ]  # fmt: skip
+        try:
+            chosen[step] = step.allocate(json.loads(file.read_text()), names)
+        except ValueError as error:
+            raise CompressError(f"{step.label()}: {error}") from None
+    return chosen

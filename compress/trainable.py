@@ -1,0 +1,112 @@
+"""Layers that are trained in the representation that compression gave them: factors, kept values, scales of grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from compress.activations import rounded
+from compress.weights import Coded, Composed, LowRank, Weight
+from compress.weights.composed import unmasked
+
+
+class TrainableLinear(nn.Module):
+    """A linear layer that computes with a representation of its matrix and trains float32 copies of its parameters."""
+
+    def __init__(self, weight: Weight, bias: Tensor | None, device: torch.device):
+        super().__init__()
+        self.original = weight
+        # Beside the masters only masks and codes are needed on the device: the old values stay where they are.
+        is_code = lambda tensor: not tensor.is_floating_point() or tensor.itemsize == 1  # noqa: E731
+        self.frame = weight.map(lambda tensor: tensor.to(device) if is_code(tensor) else tensor)
+        self.masters = nn.ParameterList([_master(value, device) for value in weight.parameters().values()])
+        self.bias = None if bias is None else _master(bias, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        masters = dict(zip(self.frame.parameters(), self.masters, strict=True))
+        inner = unmasked(self.original)
+        if isinstance(inner, Coded) and inner.inputs:
+            x = rounded(x, inner.inputs)
+        return F.linear(x, self.frame.rebuild(masters).dense(dtype), self.bias)
+
+    def shares(self) -> list[tuple[nn.Parameter, float]]:
+        """Each master, and by which share of the learning rate it moves."""
+        return list(zip(self.masters, self.original.shares().values(), strict=True))
+
+    @torch.no_grad()
+    def trained(self) -> Weight:
+        """The representation around the trained values, in the dtypes and on the devices of the original."""
+        pairs = zip(self.original.parameters().items(), self.masters, strict=True)
+        return self.original.rebuild({name: master.detach().to(old) for (name, old), master in pairs})
+
+
+class TrainableFactors(nn.Module):
+    """A low-rank layer, computed factor by factor; the factors are compressed matrices themselves."""
+
+    def __init__(self, weight: LowRank, bias: Tensor | None, device: torch.device):
+        super().__init__()
+        self.down = trainable(weight.down, None, device)
+        self.up = trainable(weight.up, bias, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.up.bias
+
+    def trained(self) -> Weight:
+        """The factors with their trained values."""
+        return LowRank(self.down.trained(), self.up.trained())
+
+
+def trainable(weight: Weight, bias: Tensor | None, device: torch.device) -> TrainableLinear | TrainableFactors:
+    layer: Any = TrainableFactors if isinstance(weight, LowRank) else TrainableLinear
+    return layer(weight, bias, device)
+
+
+def _master(value: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(value.detach().to(device, torch.float32, copy=True).contiguous())
+
+
+@contextmanager
+def trainable_layers(
+    student: nn.Module, weights: Mapping[str, Weight], device: torch.device
+) -> Iterator[dict[str, TrainableLinear | TrainableFactors]]:
+    """Put trainable layers in the places of the compressed ones; afterwards the student's own modules are back."""
+    originals: dict[str, Any] = {name: student.get_submodule(name) for name in weights}
+    layers = {name: trainable(weight, originals[name].bias, device) for name, weight in weights.items()}
+    for name, layer in layers.items():
+        student.set_submodule(name, layer)
+    try:
+        yield layers
+    finally:
+        for name, module in originals.items():
+            student.set_submodule(name, module)
+
+
+@torch.no_grad()
+def write_back(module: Any, weight: Weight, bias: Tensor | None) -> None:
+    """Give trained values to the tensors of the student's own module."""
+    weight = unmasked(weight)
+    if isinstance(weight, Composed):
+        for key, value in weight.tensors().items():
+            own = getattr(module, key)
+            own.data = value.to(own)
+        for name, part in weight.children().items():
+            adds_bias = isinstance(weight, LowRank) and name == "up"
+            write_back(module.get_submodule(name), part, bias if adds_bias else None)
+    else:
+        dense = weight.dense(module.weight.dtype)
+        dense = dense.T if isinstance(module, Conv1D) else dense
+        module.weight.data = dense.to(module.weight.device).clone(memory_format=torch.contiguous_format)
+    if bias is not None and not isinstance(weight, LowRank):
+        module.bias.data = bias.detach().to(module.bias)

@@ -1,0 +1,42 @@
+"""What a matrix has become: dense, masked, quantized, factored or a sum of such, closed under composition.
+
+Every weight knows its shape, its dense value, the bytes that its tensors take in a file, and its trainable parameters.
+``Masked(Quantized(...))`` is a sparse matrix on an integer grid; ``LowRank(Quantized(...), Quantized(...))`` two quantized
+factors; ``Sum((Quantized(...), LowRank(...)))`` a grid with a correction. Matrices are (out, in), as in ``nn.Linear``.
+"""
+
+from compress.weights.bilevel import Bilevel
+from compress.weights.blockwise import Blockwise, RowInt8
+from compress.weights.composed import KINDS, Composed, LowRank, Sum, leaves, spec_of
+from compress.weights.grid import Coded, FloatQuantized, Quantized
+from compress.weights.incoherent import Incoherent
+from compress.weights.matrix import Dense, Masked, Weight
+from compress.weights.parts import Affine, Columns, Outliers
+from compress.weights.structure import Structure, assert_structure_kept, structure
+from compress.weights.table import Table
+
+__all__ = [
+    "KINDS",
+    "Affine",
+    "Bilevel",
+    "Blockwise",
+    "Coded",
+    "Columns",
+    "Composed",
+    "Dense",
+    "FloatQuantized",
+    "Incoherent",
+    "LowRank",
+    "Masked",
+    "Outliers",
+    "Quantized",
+    "RowInt8",
+    "Structure",
+    "Sum",
+    "Table",
+    "Weight",
+    "assert_structure_kept",
+    "leaves",
+    "spec_of",
+    "structure",
+]

@@ -1,0 +1,22 @@
+"""Codes of a few bits as one stream of bytes; the inverse is in ``loader.py``, which artifacts carry with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack signed codes (any shape, int8, in [-2**(bits-1), 2**(bits-1) - 1]) into uint8, least significant bit first.
+
+    Eight codes take ``bits`` bytes, so nothing but the end of the stream is padded. Meta tensors give meta tensors.
+    """
+    if codes.is_meta:
+        return torch.empty(-(-codes.numel() * bits // 8), dtype=torch.uint8, device="meta")
+    unsigned = codes.flatten().to(torch.int16) + 2 ** (bits - 1)
+    n_bytes = -(-len(unsigned) * bits // 8)
+    octets = pad(unsigned, (0, -len(unsigned) % 8)).view(-1, 8)
+    planes = (octets.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1  # (n, 8, bits): the bits in order
+    weights = 1 << torch.arange(8, device=codes.device)
+    return (planes.reshape(-1, 8) * weights).sum(1).to(torch.uint8)[:n_bytes]
