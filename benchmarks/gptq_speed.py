@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent
 LENGTH, HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 512, 768, 2048, 12, 32000
 PEERS = {"gptqmodel": "gptqmodel==7.6.0", "llmcompressor": "llmcompressor==0.14.0.1"}
 TORCH = "torch==2.13.0"
-OURS = {"gptq": "gptq:bits=4,group_size=128", "wanda": "wanda:sparsity=0.5"}
+OURS = {"gptq": "gptq:bits=4,group_size=128,mse=false,full_range=false", "wanda": "wanda:sparsity=0.5"}
 
 
 def interpreter(peer: str, cache: Path) -> Path:

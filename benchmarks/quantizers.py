@@ -74,10 +74,12 @@ class Clock:
             self.seconds = time.monotonic() - self.start
 
 
-def true_bits(result: Result) -> float:
-    """Bits per weight of the layers that were compressed, all of their tensors counted."""
-    records = [record for record in result.manifest.modules.values() if record.passes]
-    return 8 * sum(record.nbytes for record in records) / sum(record.shape[0] * record.shape[1] for record in records)
+def true_bits(result: Result) -> float | None:
+    """Bits per weight of the layers and tables that were compressed, all of their tensors counted; None: there are none."""
+    everything = [*result.manifest.modules.values(), *result.manifest.tables.values()]
+    records = [record for record in everything if record.passes and record.nbytes < record.dense_nbytes]
+    n_weights = sum(record.shape[0] * record.shape[1] for record in records)
+    return round(8 * sum(record.nbytes for record in records) / n_weights, 3) if records else None
 
 
 def measure(chain: list[str], calibration: Calibration, tokens: torch.Tensor, stored: Path, out: Path) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def measure(chain: list[str], calibration: Calibration, tokens: torch.Tensor, st
     library = config.get("quantization_config", {}).get("quant_method")
     loads = "transformers + bitsandbytes" if library == "bitsandbytes" else LOADS[result.manifest.tier]
     return {
-        "chain": " ".join(chain), "bits": round(true_bits(result), 3), "bytes": result.bytes, "tier": result.manifest.tier,
+        "chain": " ".join(chain), "bits": true_bits(result), "bytes": result.bytes, "tier": result.manifest.tier,
         "loads": loads, "seconds_per_million": round(clock.seconds / millions, 2), "perplexity": round(fidelity.perplexity, 4),
         "kl": round(fidelity.kl_mean, 5), "difference": result.verification.max_difference,
     }  # fmt: skip
@@ -104,7 +106,7 @@ def markdown(rows: list[dict[str, Any]], protocol: str) -> str:
     ]
     for row in rows:
         lines.append(
-            f"| `{row['chain']}` | {row['bits']:.2f} | {row['bytes'] / 1e6:.2f} | {row['tier']} | {row['loads']} | "
+            f"| `{row['chain']}` | {row['bits'] or '-'} | {row['bytes'] / 1e6:.2f} | {row['tier']} | {row['loads']} | "
             f"{row['seconds_per_million']:.1f} | {row['perplexity']:.2f} |"
         )
     return "\n".join([*lines, "", protocol])

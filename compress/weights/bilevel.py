@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compress.weights.composed import Composed
 from compress.weights.matrix import Masked
 from compress.weights.packing import pack_bits
+from compress.weights.parts import PackedGrid
 
 ROWS = 16
 """Rows whose scales share a second-level grid."""
@@ -18,7 +17,7 @@ SCALE_BITS = 3
 
 
 @dataclass(frozen=True)
-class Bilevel(Composed):
+class Bilevel(PackedGrid):
     """An integer grid per group of consecutive inputs, ``dense = (codes - zero) * scale``, with scales of three bits:
     ``scale = base + scale_codes * step``, base and step shared by 16 rows.
 
@@ -35,18 +34,6 @@ class Bilevel(Composed):
     base: Tensor
     step: Tensor
     bits: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def numel(self) -> int:
-        return self.codes.numel()
 
     def scale(self, dtype: torch.dtype) -> Tensor:
         """(out, groups), as a reader computes it in ``dtype``."""
@@ -83,9 +70,6 @@ class Bilevel(Composed):
 
     def parameters(self) -> dict[str, Tensor]:
         return {"base": self.base, "step": self.step}
-
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Bilevel:
-        return replace(self, **parameters)
 
     def masked(self, mask: Tensor) -> Masked:
         size = self.shape[1] // self.zero.shape[1]

@@ -13,8 +13,54 @@ from compress.weights.matrix import Masked
 from compress.weights.packing import pack_bits
 
 
+class SparsePart(Composed):
+    """A matrix of few entries that are not zero. values: these, floating point."""
+
+    values: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def numel(self) -> int:
+        return self.values.numel()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"values": self.values}
+
+    def rebuild(self, parameters: Mapping[str, Tensor]) -> SparsePart:
+        return replace(self, **parameters)  # type: ignore[type-var]
+
+
+class PackedGrid(Composed):
+    """A grid of its own module. codes: (out, in) int8, in the file a stream of bits; bits: per code."""
+
+    codes: Tensor
+    bits: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.parameters().values())).dtype
+
+    @property
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    @property
+    def values_nbytes(self) -> float:
+        return self.numel * self.bits / 8
+
+    def rebuild(self, parameters: Mapping[str, Tensor]) -> PackedGrid:
+        return replace(self, **parameters)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class Outliers(Composed):
+class Outliers(SparsePart):
     """A sparse matrix, row by row. values: (count,) floating point; columns: (count,) int16, or int32 where a matrix has
     more than 32768 inputs; row_starts: (out + 1,) int32; n_inputs: its width."""
 
@@ -36,14 +82,6 @@ class Outliers(Composed):
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.row_starts) - 1, self.n_inputs
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def numel(self) -> int:
-        return self.values.numel()
 
     def _rows(self) -> Tensor:
         counts = (self.row_starts[1:] - self.row_starts[:-1]).long()
@@ -72,15 +110,9 @@ class Outliers(Composed):
     def assemble(cls, shape, sizes, tensors, children) -> Outliers:
         return cls(tensors["values"], tensors["columns"], tensors["row_starts"], shape[1])
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {"values": self.values}
-
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Outliers:
-        return replace(self, values=parameters["values"])
-
 
 @dataclass(frozen=True)
-class Columns(Composed):
+class Columns(SparsePart):
     """Some whole input columns of a matrix, the others zero. values: (out, count) floating point; indices: (count,) int32,
     ascending; n_inputs: the matrix's width."""
 
@@ -93,14 +125,6 @@ class Columns(Composed):
     @property
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.n_inputs
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.values.dtype
-
-    @property
-    def numel(self) -> int:
-        return self.values.numel()
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dense = torch.zeros(self.shape, dtype=dtype or self.dtype, device=self.values.device)
@@ -120,15 +144,9 @@ class Columns(Composed):
     def assemble(cls, shape, sizes, tensors, children) -> Columns:
         return cls(tensors["values"], tensors["indices"], shape[1])
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {"values": self.values}
-
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Columns:
-        return replace(self, values=parameters["values"])
-
 
 @dataclass(frozen=True)
-class Affine(Composed):
+class Affine(PackedGrid):
     """An integer grid whose zero-points are fractions: ``dense = (codes - zero) * scale``.
 
     codes: (out, in) int8 in [-2**(bits-1), 2**(bits-1) - 1]. scale: (out, groups) floating point. zero: (out, groups) of the
@@ -143,27 +161,10 @@ class Affine(Composed):
     zero: Tensor
     bits: int
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scale.dtype
-
-    @property
-    def numel(self) -> int:
-        return self.codes.numel()
-
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
         codes = self.codes.unflatten(1, (self.scale.shape[1], -1)).to(dtype)
         return ((codes - self.zero.to(dtype).unsqueeze(-1)) * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
-
-    @property
-    def values_nbytes(self) -> float:
-        """Bytes of the codes alone."""
-        return self.numel * self.bits / 8
 
     def sizes(self) -> dict[str, int]:
         whole = {} if self.zero.is_floating_point() else {"whole": 1}
@@ -184,9 +185,6 @@ class Affine(Composed):
 
     def shares(self) -> dict[str, float]:
         return {"scale": 2.0 ** (1 - self.bits), "zero": 1.0}
-
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Affine:
-        return replace(self, **parameters)
 
     def masked(self, mask: Tensor) -> Masked:
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1

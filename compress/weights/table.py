@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress.weights.composed import Composed
 from compress.weights.packing import pack_bits
+from compress.weights.parts import PackedGrid
 
 
 @dataclass(frozen=True)
-class Table(Composed):
+class Table(PackedGrid):
     """A symmetric integer grid of a token embedding: ``dense = codes * scale``.
 
     codes: (vocabulary, d) int8 in [-2**(bits-1), 2**(bits-1) - 1], d a multiple of 8. scale: (vocabulary, groups) floating
@@ -25,18 +24,6 @@ class Table(Composed):
     codes: Tensor
     scale: Tensor
     bits: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.codes.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scale.dtype
-
-    @property
-    def numel(self) -> int:
-        return self.codes.numel()
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
@@ -59,6 +46,3 @@ class Table(Composed):
 
     def parameters(self) -> dict[str, Tensor]:
         return {"scale": self.scale}
-
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Table:
-        return replace(self, scale=parameters["scale"])
