@@ -317,7 +317,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=scratch / "compress-bench-envs", help="the peers' environments")
     parser.add_argument("--work", type=Path, default=scratch / "compress-quant-vs-peers", help="finished settings, logs")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="directory of quant_vs_peers.json and .md")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := set(options.peers) - set(ENVIRONMENTS):
+        parser.error(f"unknown peers: {', '.join(sorted(unknown))}; known: {', '.join(ENVIRONMENTS)}")
+    return options
 
 
 def subjects(options: argparse.Namespace) -> list[Subject]:
