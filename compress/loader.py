@@ -223,14 +223,13 @@ class Table(nn.Module):
     factor: what rows are multiplied by when they are looked up, in families that do so."""
 
     packed: Tensor
-    scale: Tensor
     factor: float | None = None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, n_groups: int, children: dict):
         super().__init__()
         self.bits = bits
         self.register_buffer("packed", torch.empty(out_features, in_features * bits // 8, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(out_features, n_groups))
+        self.scale = nn.Parameter(torch.empty(out_features, n_groups), requires_grad=False)
 
     def rows(self, packed: Tensor, scale: Tensor) -> Tensor:
         """The rows (n, d) of those codes (n, d * bits / 8) and scales (n, n_groups)."""
@@ -257,7 +256,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., d) -> (..., vocabulary)."""
-        return nn.functional.linear(x, self.tables[0].matrix())
+        return nn.functional.linear(x, self.tables[0].matrix().to(x.dtype))
 
 
 KINDS: dict[str, Any] = {
@@ -323,11 +322,12 @@ def classes(base_model_type: str) -> tuple[type, type]:
         base_model.__init__(self, config, *args, **kwargs)
         reshape_model(self, config.compress_modules)
 
-    config_class = type("CompressConfig", (base_config,), {"model_type": MODEL_TYPE, "__module__": __name__})
+    shared = {"__module__": __name__}  # _auto_class: so that save_pretrained copies this file too
+    config_class = type("CompressConfig", (base_config,), {"model_type": MODEL_TYPE, "_auto_class": "AutoConfig", **shared})
     model_class = type(
         "CompressForCausalLM",
         (base_model,),
-        {"config_class": config_class, "__init__": initialise, "__module__": __name__},
+        {"config_class": config_class, "__init__": initialise, "_auto_class": "AutoModelForCausalLM", **shared},
     )
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return config_class, model_class

@@ -130,6 +130,13 @@ class StreamPass(Pass):
         values = Dense(weight.to("meta"))
         return values if mask is None else Masked(values, mask.to("meta"))
 
+    def check_budget(self, weights: Sequence[Weight]) -> None:
+        """Raise ValueError where a budget cannot be met, given the layers that :meth:`survey` will see, of meta tensors."""
+
+    def learning_tokens(self, samples: int, length: int) -> int:
+        """Tokens of each block that gradients are taken on, with that much calibration: what `plan` reckons time by."""
+        return 0
+
     def survey(self, weight: Weight, stats: LinearStats, effect: Callable[[Weight], float]) -> Any:
         """One layer's measurement for :meth:`allocate`, of plain JSON values, before anything is compressed.
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from compress.apply import outlines
 from compress.checkpoint import Checkpoint
+from compress.errors import BadInput
 from compress.export import layers
 from compress.loader import linear_shape
 from compress.passes import ModelPass, Pass, StreamPass, TrainPass
 from compress.records import grids
 from compress.skeleton import Skeleton
-from compress.weights import Coded, Composed, Weight, leaves, spec_of
+from compress.weights import Coded, Composed, Weight, spec_of
 from compress.weights.composed import settled, unmasked
 
 _HEADER_BYTES_PER_TENSOR = 52  # of its entry in the header, without its name and the two offsets
@@ -82,12 +83,15 @@ def make_plan(
     names = skeleton.linear_names()
     passes = [step for stage in stages for step in stage]
     weights, warnings = _outline(skeleton, passes)
-    surgeries = [step.surgery(skeleton) for step in passes if isinstance(step, ModelPass)]
-    added = [tensor for surgery in surgeries for tensor in surgery.added.items()]
+    surgeries = []
+    for step in passes:
+        if isinstance(step, ModelPass):
+            surgeries.append(step.surgery(skeleton))
+            tables = {name.removesuffix(".weight"): weight for name, weight in surgeries[-1].tables.items()}
+            skeleton.foresee(surgeries[-1].added, tables)
     cache = next((surgery.cache for surgery in reversed(surgeries) if surgery.cache), checkpoint.cache_scheme)
     weights |= skeleton.tables()
-    for surgery in surgeries:
-        weights |= {name.removesuffix(".weight"): weight for name, weight in surgery.tables.items()}
+    added = {name: tensor for name, tensor in skeleton.planned.items() if name.removesuffix(".weight") not in weights}
     quantized = grids(weights)
     library = layers.library(quantized)
     library.check_readable(quantized, cache, dtype)
@@ -105,12 +109,12 @@ def make_plan(
         ],
         stages=len(stages),
         source_bytes=checkpoint.nbytes,
-        predicted_bytes=_file_bytes(skeleton, weights, dict(added)),
+        predicted_bytes=_file_bytes(skeleton, weights, added),
         tier="shim" if reshaped else "native-quantized" if quantized or cache else "native",
         warnings=warnings,
         computes_as_stored=library is layers.bitsandbytes,
         peak_bytes=max((_stage_peak(skeleton, stage, samples, length, dtype) for stage in stages), default=0),
-        seconds=sum(_stage_operations(skeleton, stage, samples * length) for stage in stages) / operations_per_second(dtype),
+        seconds=sum(_stage_operations(skeleton, stage, samples, length) for stage in stages) / operations_per_second(dtype),
     )  # fmt: skip
 
 
@@ -121,13 +125,21 @@ def _local(name: str, skeleton: Skeleton) -> str:
 def _outline(skeleton: Skeleton, passes: Sequence[Pass]) -> tuple[dict[str, Weight], list[str]]:
     weights: dict[str, Weight] = {}
     given_up: dict[str, int] = {}
+    seen: dict[StreamPass, list[Weight]] = {}
     for name, step, before, weight in outlines(skeleton, passes):
         weights[name] = weight
+        if isinstance(step, StreamPass) and step.surveys:
+            seen.setdefault(step, []).append(before)
         lost = "mask" if before.mask is not None and weight.mask is None else None
         lost = "grid" if isinstance(before, Coded) and isinstance(weight, Composed) else lost
         if step is not None and lost and not _has(weight, lost):
             key = f"{step.label()} gives up the {lost} that an earlier pass made"
             given_up[key] = given_up.get(key, 0) + 1
+    for step, befores in seen.items():
+        try:
+            step.check_budget(befores)
+        except ValueError as error:
+            raise BadInput(f"{step.label()}: {error}") from None
     return weights, [f"{message} ({count} layers)" for message, count in given_up.items()]
 
 
@@ -147,13 +159,16 @@ def _file_bytes(skeleton: Skeleton, weights: dict[str, Weight], added: dict[str,
     total += sum(weight.nbytes for weight in weights.values()) + sum(tensor.nbytes for tensor in added.values())
     names = [*others, *added]
     for name, weight in weights.items():
-        for module, matrix in leaves(name, weight):
-            matrix = unmasked(matrix)
-            if isinstance(matrix, Composed):
-                names += [f"{module}.{part}" for part in matrix.tensor_names]
-                continue
-            names += [f"{module}.{part}" for part in (layers.tensor_names(matrix) if isinstance(matrix, Coded) else ["weight"])]
+        names += _tensor_names(name, weight)
     return total + sum(_HEADER_BYTES_PER_TENSOR + len(name) + 2 * len(str(total)) for name in names)
+
+
+def _tensor_names(module: str, weight: Weight) -> list[str]:
+    weight = unmasked(weight)
+    if isinstance(weight, Composed):
+        parts = [name for key, part in weight.children().items() for name in _tensor_names(f"{module}.{key}", part)]
+        return [*(f"{module}.{name}" for name in weight.tensor_names), *parts]
+    return [f"{module}.{name}" for name in (layers.tensor_names(weight) if isinstance(weight, Coded) else ["weight"])]
 
 
 def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int, dtype: torch.dtype) -> int:
@@ -176,7 +191,7 @@ def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length:
     return block * dtype.itemsize + activations + forward + statistics + solver
 
 
-def _stage_operations(skeleton: Skeleton, stage: Sequence[Pass], tokens: int) -> float:
+def _stage_operations(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int) -> float:
     shapes = _block_shapes(skeleton)
     block = sum(rows * columns for rows, columns in shapes.values())
     if isinstance(stage[0], TrainPass):
@@ -190,7 +205,8 @@ def _stage_operations(skeleton: Skeleton, stage: Sequence[Pass], tokens: int) ->
     solve = (
         sum(4.0 * rows * columns**2 for rows, columns in shapes.values()) if needs & {"hessian", "covariance"} else 20.0 * block
     )
-    return len(skeleton.blocks) * (per_token * tokens + solve * len(stage))
+    learned = sum(step.learning_tokens(samples, length) for step in stage if isinstance(step, StreamPass))
+    return len(skeleton.blocks) * (per_token * samples * length + 6.0 * block * learned + solve * len(stage))
 
 
 def _block_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:

@@ -63,6 +63,8 @@ class Skeleton:
         matrices = {f"{local}.weight" for local in self.arch.linears}
         self._block_names = [[name for name in block.state_dict() if name not in matrices] for block in self.blocks]
         self.block_arguments: list[tuple[tuple, dict]] = []
+        self.planned: dict[str, Tensor] = {}
+        self.planned_tables: dict[str, Weight] = {}
         self.mixed: bool | None = None
         self.tied = set(dict(self.model.named_parameters(remove_duplicate=False))) - set(dict(self.model.named_parameters()))
 
@@ -142,7 +144,18 @@ class Skeleton:
 
     def tables(self) -> dict[str, Weight]:
         """The matrices outside the blocks that are on grids, by module name, of meta tensors."""
-        return {module: self.checkpoint.weight(module, (0, 0), meta=True) for module in sorted(self.checkpoint.tables)}
+        own = {module: self.checkpoint.weight(module, (0, 0), meta=True) for module in sorted(self.checkpoint.tables)}
+        return own | self.planned_tables
+
+    def foresee(self, added: dict[str, Tensor], tables: dict[str, Weight]) -> None:
+        """Take a planned surgery for done: ``added`` are meta tensors by name, such as an untied head; ``tables`` by module."""
+        self.tied -= set(added)
+        self.planned |= added
+        self.planned_tables |= tables
+
+    def outer_meta(self, name: str) -> Tensor:
+        """An outer tensor, or one that a planned surgery adds, on the meta device."""
+        return self.planned[name] if name in self.planned else self.checkpoint.meta(self.outer_source(name))
 
     def tied_head(self) -> str | None:
         """The head's module name where it reads the embedding's matrix."""

@@ -50,6 +50,9 @@ class AutoRound(Gridded, BlockPass):
         """The learning rate of the first step."""
         return self.learning_rate or (2 if self.bits <= 3 and self.iterations >= 1000 else 1) / self.iterations
 
+    def learning_tokens(self, samples: int, length: int) -> int:
+        return self.iterations * min(self.batch_size, samples) * length
+
     def block(self, block: Block) -> None:
         for name in block.matrices():
             round_inputs(block.module.get_submodule(name), self.activations)

@@ -54,8 +54,8 @@ class Embeddings(ModelPass):
         names = {name: model.tied_head() is None and self.bits == 8 and self.group_size is None}
         if self.head and (head := self._own_head(model)):
             names[f"{head}.weight"] = True
-        dtype = model.checkpoint.meta(model.outer_source(name)).dtype
-        shapes = {each: model.checkpoint.meta(model.outer_source(each)).shape for each in names}
+        dtype = model.outer_meta(name).dtype
+        shapes = {each: model.outer_meta(each).shape for each in names}
         meta = {each: self._outline(shapes[each], dtype, each == name, native) for each, native in names.items()}
 
         def outer(tensors: dict[str, Tensor]) -> dict[str, Tensor | Weight]:

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress import methods
-from compress.apply import apply
+from compress.apply import apply, outline
 from compress.budget import share_out
 from compress.passes import LinearPass, Needs, StreamPass, Taxon
 from compress.stats import LinearStats
@@ -37,6 +37,11 @@ class Mixed(StreamPass):
     group_size: int = Field(128, ge=32, description="consecutive inputs that share a scale; halves and quarters are tried too")
     quantizer: Literal["gptq", "rtn"] = Field("gptq", description="what rounds the layers")
 
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return tuple(str(value).split("+")) if isinstance(value, str | int) else value
+
     def candidates(self) -> list[LinearPass]:
         """The quantizers to choose from, coarsest first."""
         found = []
@@ -52,6 +57,12 @@ class Mixed(StreamPass):
         outlines = [step.outline(weight, stats, mask) for step in self.candidates()]
         within = [outline for outline in outlines if 8 * outline.nbytes <= self.bits * weight.numel()]
         return max(within, key=lambda outline: outline.nbytes) if within else min(outlines, key=lambda outline: outline.nbytes)
+
+    def check_budget(self, weights: Sequence[Weight]) -> None:
+        least = sum(min(outline(step, weight).nbytes for step in self.candidates()) for weight in weights)
+        n_weights = sum(weight.shape[0] * weight.shape[1] for weight in weights)
+        if 8 * least > self.bits * n_weights:
+            raise ValueError(f"the choices take at least {8 * least / n_weights:.3f} bits per weight here")
 
     def survey(self, weight: Weight, stats: LinearStats, effect: Callable[[Weight], float]) -> Any:
         rows = []

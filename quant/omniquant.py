@@ -57,6 +57,9 @@ class OmniQuant(Gridded, BlockPass):
         """Whether factors are learned."""
         return self.activations is not None if self.transform is None else self.transform
 
+    def learning_tokens(self, samples: int, length: int) -> int:
+        return self.epochs * samples * length
+
     def block(self, block: Block) -> None:
         for name in block.matrices():
             round_inputs(block.module.get_submodule(name), self.activations)

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.arch import Edge
 from compress.errors import BadInput
 from compress.passes import ModelPass, Taxon
 from compress.quant.hadamard import random_hadamard
@@ -29,8 +28,8 @@ class QuaRot(ModelPass):
     """Rotate every layer. All of it is computed in float64 and stored in the checkpoint's dtype.
 
     A tied head gets a matrix of its own, since it takes up the gains of the last norm. Raises BadInput for architectures
-    that norm what they add to the stream (Gemma 2), and for layers with zeros or grids, which a rotation would fill: so it
-    comes first in a chain. Heads are rotated where values and outputs are separate layers.
+    that norm what they add to the stream (Gemma 2), and for zeros or grids, which a rotation would fill: so it comes first in
+    a chain. Heads are rotated where values and outputs are separate layers.
     """
 
     taxon: ClassVar[Taxon] = Taxon.WEIGHT_ACTIVATION
@@ -46,6 +45,8 @@ class QuaRot(ModelPass):
 
     def surgery(self, model: Skeleton) -> Surgery:
         arch, config = model.arch, model.checkpoint.config
+        if model.tables():
+            raise BadInput("quarot would leave the embedding's grid: put quarot before embeddings")
         if arch.writers is None:
             raise BadInput(f"quarot: {config.model_type} norms each layer's output before it is added, so it cannot be rotated")
         final_norm, head = model.model.get_submodule(arch.final_norm), model.model.get_output_embeddings()
@@ -55,7 +56,7 @@ class QuaRot(ModelPass):
         centred = "LayerNorm" in type(final_norm).__name__
         rotation = mean_keeping_rotation(width, self.seed) if centred else random_hadamard(width, self.seed, torch.float64)
         head_name = f"{next(name for name, module in model.model.named_modules() if module is head)}.weight"
-        untied = {head_name: model.checkpoint.meta(model.outer_source(f"{arch.embeddings[0]}.weight"))}
+        untied = {head_name: model.outer_meta(f"{arch.embeddings[0]}.weight")}
         return Surgery(
             outer=lambda tensors: self._outer(model, tensors, rotation, head_name),
             block=lambda index, weights, others: self._block(model, index, weights, others, rotation),
@@ -66,10 +67,10 @@ class QuaRot(ModelPass):
 
     def _outer(self, model: Skeleton, tensors: dict[str, Tensor], rotation: Tensor, head: str) -> dict[str, Tensor]:
         arch, new = model.arch, dict(tensors)
-        matrix = tensors.get(head, tensors[f"{arch.embeddings[0]}.weight"]).double()
+        matrix = tensors.get(head, tensors[f"{arch.embeddings[0]}.weight"])
         gain, moved = _fuse(model, arch.final_norm, tensors, rotation, model.model)
         new |= {f"{arch.final_norm}.{key}": value for key, value in moved.items()}
-        new[head] = (matrix * gain @ rotation).to(tensors[f"{arch.embeddings[0]}.weight"].dtype)
+        new[head] = (matrix.double() * gain @ rotation).to(matrix.dtype)
         for table in arch.embeddings:
             old = tensors[f"{table}.weight"]
             new[f"{table}.weight"] = (old.double() @ rotation).to(old.dtype)
@@ -87,7 +88,8 @@ class QuaRot(ModelPass):
         assert arch.writers is not None
         for writer in arch.writers:
             _turn_outputs(weights, others, writer, rotation)
-        if self.heads and (edge := self._value_edge(model)) is not None:
+        # From values to outputs: attention mixes tokens, never the channels of a head.
+        for edge in [edge for edge in arch.products if self.heads and "attn" in edge.source]:
             config = model.checkpoint.config
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             turn = random_hadamard(size, self.seed + 1, torch.float64)
@@ -95,10 +97,6 @@ class QuaRot(ModelPass):
             _turn_outputs(weights, others, edge.source, torch.block_diag(*[turn] * (n_values // size)))
             weights[reader] = multiplied(weights[reader], right=torch.block_diag(*[turn] * (n_inputs // size)))
         return weights, others
-
-    def _value_edge(self, model: Skeleton) -> Edge | None:
-        """From values to outputs: attention mixes tokens, never the channels of a head."""
-        return next((edge for edge in model.arch.products if "attn" in edge.source), None)
 
 
 def mean_keeping_rotation(size: int, seed: int) -> Tensor:

@@ -180,6 +180,29 @@ assert AutoModelForCausalLM.from_pretrained(source).config.model_type == "compre
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.parametrize("passes", [["svd"], ["hqq"], ["embeddings:bits=8"]], ids=" ".join)
+def test_an_opened_artifact_saves_itself_with_its_code(passes, llama, run_stages, tmp_path):
+    """In a process that never imports compress: opened with remote code, saved, and opened again."""
+    program = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+source, copy = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+model.save_pretrained(copy)
+again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+assert "compress" not in sys.modules
+tokens = torch.arange(2, 12).unsqueeze(0)
+assert torch.equal(model(tokens).logits, again(tokens).logits)
+half = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True, dtype=torch.bfloat16)
+assert half(tokens).logits.isfinite().all() and half.float()(tokens).logits.isfinite().all()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program, str(run_stages(llama, passes)), str(tmp_path / "copy")],
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
 # The same method on unusual models and data, without the reload in a fresh process.
 
 

@@ -34,7 +34,7 @@ def pairs(keys: Iterable[str]) -> list:
     ]
 
 
-ROTATABLE = ("quarot", "smoothquant", "kv_cache", "embeddings", "svd", "svd_llm", "logit_kd")
+ROTATABLE = ("quarot", "smoothquant", "kv_cache", "svd", "svd_llm", "logit_kd")
 """What a rotation can follow: it would fill masks and leave grids, and says so before anything is computed."""
 
 LINEAR = [key for key, method in METHODS.items() if issubclass(method, LinearPass)]

@@ -5,10 +5,13 @@ Where the function takes a ``variant`` too, that is what follows a colon: `--to 
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
+
+log = logging.getLogger(__name__)
 
 
 def targets() -> dict[str, str]:
@@ -28,9 +31,21 @@ def to(name: str, source: Path, out: Path, *, overwrite: bool = False) -> Path:
     known, (target, _, variant) = targets(), name.partition(":")
     if target not in known:
         raise BadInput(f"--to {name}: unknown format{did_you_mean(target, known)}; formats: {', '.join(known)}")
+    _warn_of_losses(target, source)
     export = import_module(known[target]).export
     if not variant:
         return export(source, out, overwrite=overwrite)
     if "variant" not in signature(export).parameters:
         raise BadInput(f"--to {name}: {target} has no variants")
     return export(source, out, overwrite=overwrite, variant=variant)
+
+
+def _warn_of_losses(target: str, source: Path) -> None:
+    from compress.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(source)
+    groups = (checkpoint.quantization or {}).get("config_groups", {}).values()
+    lost = ["the rounding of inputs"] * any(group.get("input_activations") for group in groups)
+    lost += ["the rounding of the KV cache"] * bool(checkpoint.cache_scheme)
+    if lost:
+        log.warning("%s: %s holds weights only, %s is left out", source, target, " and ".join(lost))

@@ -1,6 +1,7 @@
 """Write an artifact as a plain dense checkpoint: factors multiplied out, grids unpacked, masks as zeros.
 
-Every tool loads the result, and it computes what the artifact computes up to rounding; only the size is given up.
+Every tool loads the result, and its weights are those that the artifact computes with; what is given up is the size, and the
+rounding of inputs and of the KV cache where the artifact has it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compress.budget import share_out
 from compress.checkpoint import Checkpoint
-from compress.errors import CompressError
+from compress.errors import BadInput
 from compress.manifest import Manifest
 from compress.quant.mixed import Mixed
 from compress.skeleton import Skeleton
@@ -82,7 +82,7 @@ def test_low_rank_layers_are_sized_as_they_are(make_checkpoint, run_stages, asse
 
 
 def test_too_few_bits_say_what_is_possible(make_checkpoint, run_stages):
-    with pytest.raises(CompressError, match=r"mixed:bits=2\.0.*below"):
+    with pytest.raises(BadInput, match=r"mixed:bits=2\.0.*at least 2\.\d+ bits"):
         run_stages(make_checkpoint("llama"), ["mixed:bits=2.0"])
 
 
