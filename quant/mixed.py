@@ -39,7 +39,7 @@ class Mixed(StreamPass):
 
     @field_validator("choices", mode="before")
     @classmethod
-    def _one_or_many(cls, value: object) -> object:
+    def _choices_from_text(cls, value: object) -> object:
         return tuple(str(value).split("+")) if isinstance(value, str | int) else value
 
     def candidates(self) -> list[LinearPass]:
