@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -46,6 +48,30 @@ CONFIGS: dict[str, dict] = {
     },
     "gpt_neox": {**_WITHOUT_GROUPS, "model_type": "gpt_neox", "use_parallel_residual": True, "rotary_pct": 0.5},
 }  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """What a command left: its exit code, and what it printed."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The command's own entry point, in this process."""
+
+    from compress.cli import main
+
+    def call(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Outcome(stopped.value.code, *capsys.readouterr())  # type: ignore[arg-type]
+
+    return call
 
 
 @pytest.fixture(autouse=True, scope="session")

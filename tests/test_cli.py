@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from compress import Recipe, methods
 from compress.checkpoint import Checkpoint, digest_files
-from compress.cli import main
 from compress.manifest import Manifest
 from compress.passes import Taxon
 from compress.verify import PROBE
@@ -27,20 +25,6 @@ class Outcome(NamedTuple):
     code: int | None
     out: str
     err: str
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The command's own entry point, in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return Outcome(stopped.value.code, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return call
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from compress.cli import main
 from compress.workspace import Workspace
 
 
@@ -43,20 +42,6 @@ def home(make_checkpoint, text_file: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture
 def source(home: Path) -> Path:
     return home / "model"
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The command's own entry point, in this process."""
-
-    def call(*arguments: object) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return Outcome(stopped.value.code, *capsys.readouterr())  # type: ignore[arg-type]
-
-    return call
 
 
 def spawn(*arguments: object, **environment: str) -> Outcome:
