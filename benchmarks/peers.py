@@ -11,7 +11,8 @@ small model:
 
     peers.py sweep PEER MODEL SETTINGS THREADS
 
-SETTINGS is a JSON list of {"tokens", "bits", "group_size" (-1: the whole row), "symmetric", "out"}. For each, the weights that
+SETTINGS is a JSON list of {"tokens", "bits", "group_size" (-1: the whole row), "symmetric", "out"}, or for pruning (for
+`prune_vs_peers.py`) of {"tokens", "sparsity", "pattern" ("N:M" or null), "out"}. For each, the weights that
 the peer's model computes with are written to "out" as float32 under transformers' names, each quantized matrix's scales
 (out, groups) as "NAME.scale" and, for the first setting, the peer's own logits on two windows; then one JSON line is printed.
 """
@@ -196,7 +197,22 @@ def sweep_autoround(model: str) -> Sweep:
     return run
 
 
+def sweep_llmcompressor_pruning(model: str, name: str) -> Sweep:
+    """A pruning modifier of llm-compressor, by the name of its class."""
+    from llmcompressor.modifiers import pruning
+
+    quantize, modifier = _oneshot(model), getattr(pruning, name)
+
+    def run(rows: Any, setting: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        pattern = {"mask_structure": setting["pattern"]} if setting["pattern"] else {}
+        return quantize(rows, modifier(sparsity=setting["sparsity"], ignore=["lm_head"], **pattern)), {}, {}
+
+    return run
+
+
 SWEEPS: dict[str, Callable[[str], Sweep]] = {
+    "llmcompressor-sparsegpt": lambda model: sweep_llmcompressor_pruning(model, "SparseGPTModifier"),
+    "llmcompressor-wanda": lambda model: sweep_llmcompressor_pruning(model, "WandaPruningModifier"),
     "gptqmodel-gptq": sweep_gptqmodel_gptq,
     "llmcompressor-gptq": sweep_llmcompressor_gptq,
     "llmcompressor-awq": sweep_llmcompressor_awq,

@@ -1,9 +1,9 @@
 """Every quantizer at its defaults on the bundled checkpoint: true bits, tier, what loads it, time, and what it cost.
 
 Each chain is run through the library as a user runs it, the reload in a fresh process included; the time is that of the
-passes alone. True bits are those of the compressed layers' tensors in the file, scales, indices and shapes counted. A
-method that needs another one beside it (a correction, a rotation before rounding) is shown with it, and what it is to be
-compared with stands in the table too. `--write README.md` puts the table between the marks that are there for it.
+passes alone, of the processor. True bits are those of the compressed layers' tensors in the file, scales, indices and shapes
+counted. A method that needs another one beside it (a correction, a rotation before rounding) is shown with it, and what it is to
+be compared with stands in the table too. `--write README.md` puts the table between the marks that are there for it.
 
     python benchmarks/quantizers.py --write README.md
 """
@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ LOADS = {
 }
 
 
+Chains = Callable[[list[str] | None], list[list[str]]]
+Draw = Callable[[list[dict[str, Any]], str], str]
+
+
 def chains(only: list[str] | None) -> list[list[str]]:
     """What is run: every quantizer at its defaults, and what it is compared with."""
     keys = [key for key, method in methods.available().items() if method.__module__.startswith("compress.quant.")]
@@ -62,16 +67,17 @@ def chains(only: list[str] | None) -> list[list[str]]:
 
 
 class Clock:
-    """A progress callable that notes when the passes are done: when the reload begins."""
+    """A progress callable that notes when the passes are done: when the reload begins. Processor time, so that other work on
+    the machine does not count."""
 
     def __init__(self) -> None:
-        self.start, self.seconds = time.monotonic(), 0.0
+        self.start, self.seconds = time.process_time(), 0.0
 
     def __call__(self, done: int, total: int, message: str) -> None:
         if message.startswith("checking the source"):
-            self.start = time.monotonic()
+            self.start = time.process_time()
         if message.startswith("reloading"):
-            self.seconds = time.monotonic() - self.start
+            self.seconds = time.process_time() - self.start
 
 
 def true_bits(result: Result) -> float | None:
@@ -87,12 +93,13 @@ def measure(chain: list[str], calibration: Calibration, tokens: torch.Tensor, st
     clock = Clock()
     result = Pipeline(chain, calibration=calibration, evaluate=False).run(MODEL, out, overwrite=True, progress=clock)
     fidelity = compare(load_model(out, torch.float32, "cpu"), tokens, stored)
-    millions = result.manifest.dense_parameters / 1e6
+    millions = Checkpoint.open(MODEL).nbytes / 2e6  # of a 16-bit file
     config = json.loads((out / "config.json").read_text())
     library = config.get("quantization_config", {}).get("quant_method")
     loads = "transformers + bitsandbytes" if library == "bitsandbytes" else LOADS[result.manifest.tier]
     return {
         "chain": " ".join(chain), "bits": true_bits(result), "bytes": result.bytes, "tier": result.manifest.tier,
+        "parameters": result.manifest.parameters, "ideal_bytes": round(result.manifest.ideal_nbytes),
         "loads": loads, "seconds_per_million": round(clock.seconds / millions, 2), "perplexity": round(fidelity.perplexity, 4),
         "kl": round(fidelity.kl_mean, 5), "difference": result.verification.max_difference,
     }  # fmt: skip
@@ -113,8 +120,14 @@ def markdown(rows: list[dict[str, Any]], protocol: str) -> str:
 
 
 def main() -> int:
-    """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The quantizers."""
+    return tabulate(__doc__, chains, RESULTS, MARKS, markdown)
+
+
+def tabulate(description: str | None, select: Chains, results: Path, marks: tuple[str, str], draw: Draw) -> int:
+    """Run, print, write. select: from parts of chains (None: all) to the chains to run; draw: from rows and a protocol to a
+    table in markdown."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--windows", type=int, default=64, help="held-out windows")
     parser.add_argument("--threads", type=int, default=2)
@@ -127,13 +140,13 @@ def main() -> int:
     texts, source = read_text(None, bundled="held_out")
     tokenizer = load_tokenizer(MODEL, checkpoint.config.vocab_size)
     chosen = windows(tokenizer, texts, source, n=options.windows, length=length, seed=0, at_most=True)
-    known = {row["chain"]: row for row in json.loads(RESULTS.read_text())["rows"]} if options.only and RESULTS.exists() else {}
+    known = {row["chain"]: row for row in json.loads(results.read_text())["rows"]} if options.only and results.exists() else {}
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         stored = base_logprobs(load_model(MODEL, torch.float32, "cpu"), chosen.tokens, Path(scratch) / "base.npy")
         base = compare(load_model(MODEL, torch.float32, "cpu"), chosen.tokens, stored).perplexity
         calibration = Calibration(samples=options.samples, length=length)
-        for chain in chains(options.only.split(",") if options.only else None):
+        for chain in select(options.only.split(",") if options.only else None):
             try:
                 rows.append(measure(chain, calibration, chosen.tokens, stored, Path(scratch) / "out"))
                 print(rows[-1], file=sys.stderr, flush=True)
@@ -145,12 +158,12 @@ def main() -> int:
         f"{options.samples} calibration windows of {length} tokens of bundled text, float32, seed 0, "
         f"{options.threads} threads of a CPU."
     )
-    RESULTS.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=1) + "\n")
-    table = markdown(rows, protocol)
+    results.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=1) + "\n")
+    table = draw(rows, protocol)
     if options.write:
         text = options.write.read_text()
-        pattern = re.compile(f"{MARKS[0]}.*?{MARKS[1]}", re.DOTALL)
-        options.write.write_text(pattern.sub(lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", text))
+        pattern = re.compile(f"{marks[0]}.*?{marks[1]}", re.DOTALL)
+        options.write.write_text(pattern.sub(lambda _: f"{marks[0]}\n{table}\n{marks[1]}", text))
     print(table)
     return 0
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from compress.errors import BadInput, CompressError
-from compress.passes import CorrectionPass, LinearPass, ModelPass, Pass, StreamPass
+from compress.passes import CorrectionPass, LinearPass, StoragePass, StreamPass
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
-from compress.weights import Coded, Columns, Composed, Dense, Incoherent, LowRank, Masked, Outliers, Sum, Weight
+from compress.weights import Coded, Columns, Composed, Dense, Incoherent, LowRank, Masked, Outliers, Sum, Weight, opened
 from compress.weights.composed import unmasked
 
 
@@ -21,8 +22,10 @@ def apply(step: StreamPass, weight: Weight, stats: LinearStats, original: Tensor
     A pass that does not factorise is applied to each factor of a low-rank weight, the second one with the statistics
     carried through the first as compressed, to those parts of a sum that are matrices of their own, and to a matrix in
     the basis in which it is kept, unless the pass chooses a basis itself. An earlier mask is given to the
-    pass and holds in its result. original: (out, in), the layer when the stage began.
+    pass and holds in its result. A matrix that is stored by a bitmask is given to every pass, and left, as a masked one: its
+    mask or grid may change, and with it what storing takes. original: (out, in), the layer when the stage began.
     """
+    weight = opened(weight)
     if isinstance(step, CorrectionPass):
         if original is None:
             raise CompressError(f"{step.method()} has no uncorrected layer to go by")
@@ -38,12 +41,15 @@ def apply(step: StreamPass, weight: Weight, stats: LinearStats, original: Tensor
         inner = apply(step, weight.inner, weight.carry(stats) if step.needs.stats else stats)
         if not isinstance(inner, Incoherent):
             return weight.around(inner)
+    if isinstance(step, StoragePass):
+        return step.store(weight)
     result = step.linear(weight.dense(), stats.only(step.needs.stats), weight.mask)
     return _settle(step, weight, result)
 
 
 def outline(step: StreamPass, weight: Weight) -> Weight:
     """What :func:`apply` would give for a weight of meta tensors."""
+    weight = opened(weight)
     if isinstance(step, CorrectionPass):
         return step.correct(torch.empty(weight.shape, dtype=weight.dtype, device="meta"), weight, _no_stats(weight))
     factorises = isinstance(step, LinearPass) and step.factorises
@@ -55,33 +61,31 @@ def outline(step: StreamPass, weight: Weight) -> Weight:
         inner = outline(step, weight.inner)
         if not isinstance(inner, Incoherent):
             return weight.around(inner)
-    return _settle(step, weight, step.outline(weight.dense(), _no_stats(weight), weight.mask))
+    if isinstance(step, StoragePass):
+        return step.store(weight)
+    result = step.outline(weight.dense(), _no_stats(weight), weight.mask)
+    counts = [part.n_kept for part in (weight, result) if isinstance(part, Masked) and part.n_kept is not None]
+    settled = _settle(step, weight, result)
+    return replace(settled, n_kept=min(counts)) if counts and isinstance(settled, Masked) else settled
 
 
 def outlines(
-    skeleton: Skeleton, passes: Sequence[Pass], chosen: Mapping[StreamPass, Mapping[str, LinearPass]] = {}
-) -> Iterator[tuple[str, Pass | None, Weight, Weight]]:
-    """(layer name, pass, weight before, weight after), of meta tensors, for every layer as it is (None) and then for each
-    pass that changes it. chosen: for passes that survey the model, what they allot to each layer, where that is known.
+    skeleton: Skeleton, passes: Sequence[StreamPass], chosen: Mapping[StreamPass, Mapping[str, LinearPass]] = {}
+) -> Iterator[tuple[str, Weight]]:
+    """(name, what it will become), of meta tensors, for every layer. chosen: for passes that survey the model, what they
+    allot to each layer.
 
     Raises :class:`BadInput` where a pass cannot take a layer.
     """
-    for index in range(len(skeleton.blocks)):
-        for local, weight in skeleton.read_weights(index, meta=True).items():
-            name = skeleton.module_name(index, local)
-            yield name, None, weight, weight
-            for step in passes:
-                before = weight
-                try:
-                    if isinstance(step, ModelPass):
-                        weight = step.outline(before)
-                    elif isinstance(step, StreamPass) and step.matches(name):
-                        weight = outline(chosen[step][name] if step in chosen else step, before)
-                    else:
-                        continue
-                except ValueError as error:
-                    raise BadInput(f"{step.label()} at {name}: {error}") from None
-                yield name, step, before, weight
+    for name in skeleton.linear_names():
+        index, _, local = name.removeprefix(f"{skeleton.arch.blocks}.").partition(".")
+        weight = skeleton.read_weight(int(index), local, meta=True)
+        for step in (step for step in passes if step.matches(name)):
+            try:
+                weight = outline(chosen[step][name] if step in chosen else step, weight)
+            except ValueError as error:
+                raise BadInput(f"{step.label()} at {name}: {error}") from None
+        yield name, weight
 
 
 def _no_stats(weight: Weight) -> LinearStats:

@@ -25,13 +25,36 @@ class Edge(NamedTuple):
     readers: tuple[str, ...]
 
 
+class Channels(NamedTuple):
+    """Channels inside a block that can only be removed from all of its layers together: the neurons of an MLP.
+
+    sources: the linear layers that put them out; stacked: how many times over each does so, one stack after the other (2 where
+    gate and up are one layer). reader: the layer that reads them. size: what their number is called in ``config.json``.
+    """
+
+    sources: tuple[str, ...]
+    reader: str
+    size: str = "intermediate_size"
+    stacked: int = 1
+
+
+class Heads(NamedTuple):
+    """The linear layers of attention heads that are numbered apart: a key and a value head serve a group of query heads."""
+
+    queries: str
+    keys: str
+    values: str
+    reader: str
+
+
 class Architecture(NamedTuple):
     """blocks: path of the block list in the causal-LM module. groups: names, inside a block, of the linear layers that
     share an input, in order of execution: the first makes queries and keys. norms: edges from norms. products: edges from
     linear layers, what lies between being linear in each channel, for positive factors at least. writers: the linear
     layers whose outputs are added to the residual stream; None: they are normed before, so that the stream cannot be
     rotated. embeddings: the tables whose rows are added up to start the stream. final_norm: the norm before the head.
-    aliases: (the model's name, what files may call it) of a tensor."""
+    aliases: (the model's name, what files may call it) of a tensor. neurons: of the MLP. heads: of the attention; None: their
+    number cannot be changed."""
 
     blocks: str
     groups: tuple[tuple[str, ...], ...]
@@ -40,6 +63,8 @@ class Architecture(NamedTuple):
     writers: tuple[str, ...] | None
     embeddings: tuple[str, ...]
     final_norm: str
+    neurons: Channels
+    heads: Heads | None = None
     aliases: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -58,6 +83,8 @@ _GATED = Architecture(
     writers=("self_attn.o_proj", "mlp.down_proj"),
     embeddings=("model.embed_tokens",),
     final_norm="model.norm",
+    neurons=Channels(_GATE_UP, "mlp.down_proj"),
+    heads=Heads(*_QKV, "self_attn.o_proj"),
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -70,6 +97,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         groups=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
         norms=(Edge("input_layernorm", ("self_attn.qkv_proj",)), Edge("post_attention_layernorm", ("mlp.gate_up_proj",))),
         products=(),
+        neurons=Channels(("mlp.gate_up_proj",), "mlp.down_proj", stacked=2),
+        heads=None,
     ),
     "gpt2": Architecture(
         "transformer.h",
@@ -79,6 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         writers=("attn.c_proj", "mlp.c_proj"),
         embeddings=("transformer.wte", "transformer.wpe"),
         final_norm="transformer.ln_f",
+        neurons=Channels(("mlp.c_fc",), "mlp.c_proj", "n_inner"),
     ),
     "opt": Architecture(
         "model.decoder.layers",
@@ -88,6 +118,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         writers=("self_attn.out_proj", "fc2"),
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
         final_norm="model.decoder.final_layer_norm",
+        neurons=Channels(("fc1",), "fc2", "ffn_dim"),
     ),
     "gpt_neox": Architecture(
         "gpt_neox.layers",
@@ -100,6 +131,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         writers=("attention.dense", "mlp.dense_4h_to_h"),
         embeddings=("gpt_neox.embed_in",),
         final_norm="gpt_neox.final_layer_norm",
+        neurons=Channels(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
         aliases=(("lm_head.weight", "embed_out.weight"),),
     ),
 }

@@ -33,8 +33,9 @@ def write_artifact(destination: Path, skeleton: Skeleton, streamed: Streamed, st
     files = store.assemble(parts, destination)
     write_text(destination / "config.json", json.dumps(artifact_config(skeleton, streamed), indent=2) + "\n")
     checkpoint.copy_companions(destination)
-    if streamed.reshaped:
-        shutil.copyfile(Path(__file__).with_name("loader.py"), destination / "modeling_compress.py")
+    if streamed.reshaped or checkpoint.structure:
+        for own, name in (("loader.py", "modeling_compress.py"), ("stored_layers.py", "stored_layers.py")):
+            shutil.copyfile(Path(__file__).with_name(own), destination / name)
     manifest = complete(manifest, skeleton, streamed)
     manifest.nbytes = sum(file.stat().st_size for file in files)
     manifest.weights_digest = digest_files(files)
@@ -46,13 +47,14 @@ def artifact_config(skeleton: Skeleton, streamed: Streamed) -> dict[str, Any]:
     """``config.json``: the source's, with what its readers must know about quantization and changed modules."""
     checkpoint = skeleton.checkpoint
     config = checkpoint.plain_config
-    if streamed.reshaped:
+    if streamed.reshaped or checkpoint.structure:
         config |= {
             "model_type": "compress",
             "architectures": ["CompressForCausalLM"],
             "auto_map": _AUTO_MAP,
             "base_model_type": checkpoint.base_model_type,
             "base_architectures": config.get("architectures"),
+            "compress_structure": dict(sorted(checkpoint.structure.items())),
             "compress_modules": dict(sorted(streamed.reshaped.items())),
         }
     if any(spec["kind"] == "tied_head" for spec in streamed.reshaped.values()):
@@ -94,11 +96,12 @@ def complete(manifest: Manifest, skeleton: Skeleton, streamed: Streamed) -> Mani
     outer_numel = sum(tensor.numel() for tensor in outer)
     outer_bytes = sum(tensor.numel() * tensor.element_size() for tensor in outer)
     records = [*streamed.records.values(), *streamed.tables.values()]
+    shim = streamed.reshaped or skeleton.checkpoint.structure
     return manifest.model_copy(
         update={
             "modules": streamed.records,
             "tables": streamed.tables,
-            "tier": "shim" if streamed.reshaped else "native-quantized" if streamed.quantized or streamed.cache else "native",
+            "tier": "shim" if shim else "native-quantized" if streamed.quantized or streamed.cache else "native",
             "parameters": outer_numel + sum(record.numel for record in records),
             "dense_parameters": outer_numel + sum(record.shape[0] * record.shape[1] for record in records),
             "ideal_nbytes": outer_bytes + sum(record.ideal_nbytes for record in records),
@@ -112,8 +115,7 @@ def carry_records(streamed: Streamed, earlier: Manifest | None) -> None:
         return
     known = earlier.modules | earlier.tables
     for name, record in (streamed.records | streamed.tables).items():
-        if name in known:
-            before = known[name]
+        if before := known.get(streamed.origins.get(name, name)):
             record.passes = before.passes + record.passes
             record.dense_nbytes = before.dense_nbytes
             if record.weight_error is None:

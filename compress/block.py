@@ -11,7 +11,7 @@ from compress.arch import Edge
 from compress.loader import LowRankLinear
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
-from compress.weights import Columns, Composed, Dense, LowRank, Masked, Outliers, Sum, Weight, leaves
+from compress.weights import Columns, Composed, Dense, LowRank, Masked, Outliers, Sum, Weight, leaves, opened
 from compress.weights.composed import unmasked
 
 
@@ -38,7 +38,7 @@ class Block:
 
     def name(self, local: str) -> str:
         """Full name of a linear layer."""
-        return self.skeleton.module_name(self.index, local)
+        return self.skeleton.module_name(self.skeleton.owner(self.index), local)
 
     # matrices
 
@@ -50,6 +50,12 @@ class Block:
             for local, whole in (weights or self.weights).items() if local in self.selected
             for name, weight in leaves(local, whole) if not isinstance(unmasked(weight), Composed)
         }  # fmt: skip
+
+    def open_bitmasks(self) -> None:
+        """Turn bitmasks of the selected layers into masked matrices."""
+        for local in self.selected:
+            if (weight := opened(self.weights[local])) is not self.weights[local]:
+                self.set(local, weight)
 
     def open_grids(self) -> None:
         """Turn grids of the selected layers that no plain module holds into plain matrices of the same values."""

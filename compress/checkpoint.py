@@ -6,8 +6,10 @@ stored instead of the embedding) is resolved here once.
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from compress.errors import BadInput, explain
 from compress.export.layers import LIBRARIES, NEEDED, Source, read_weight
 from compress.manifest import Manifest
 from compress.shards import Shards, digest_files, read_json
-from compress.weights import Weight
+from compress.weights import Masked, Weight
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,19 @@ class Checkpoint:
         """Modules that differ from the architecture's own, as :func:`compress.weights.spec_of` describes them."""
         return self.raw_config.get("compress_modules", {})
 
+    @property
+    def structure(self) -> dict[str, dict[str, Any]]:
+        """Modules that differ from the architecture's own in shape, or share their weights; see ``loader.restructure``."""
+        return self.raw_config.get("compress_structure", {})
+
+    def altered(self, config: dict[str, Any], structure: dict[str, dict[str, Any]]) -> Checkpoint:
+        """The same files under another configuration: what a model is about to become. ``structure`` replaces its own."""
+        other = copy.copy(self)
+        for name in ("config", "quantization"):
+            other.__dict__.pop(name, None)
+        other.raw_config = self.raw_config | config | {"compress_structure": structure}
+        return other
+
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
         """The compressed-tensors configuration, or None."""
@@ -182,7 +197,10 @@ class Checkpoint:
         masked = self.manifest.is_masked if self.manifest else (lambda _: False)
         source = Source(get, self.__contains__, self.quantization, masked)
         spec = self.reshaped.get(module)
-        return read_weight(module, source, spec, shape, transposed=conv1d and spec is None)
+        weight = read_weight(module, source, spec, shape, transposed=conv1d and spec is None)
+        if meta and self.manifest and isinstance(weight, Masked):  # the mask's size is all that can be known of it unread
+            return replace(weight, n_kept=self.manifest.modules[module].numel)
+        return weight
 
     def check_complete(self, names: set[str], modules: set[str]) -> None:
         """Raise :class:`BadInput` unless every tensor of the model is there; names outside ``modules`` must be as named."""
@@ -241,7 +259,7 @@ class Checkpoint:
                 shutil.copyfile(file, destination / file.name)
 
 
-_ADDED = ("quantization_config", "compress_modules", "base_model_type", "base_architectures")
+_ADDED = ("quantization_config", "compress_modules", "compress_structure", "base_model_type", "base_architectures")
 _COMPANIONS = (
     "generation_config.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
     "chat_template.json", "spiece.model", "sentencepiece.bpe.model", "LICENSE", "LICENSE.txt", "NOTICE",

@@ -25,7 +25,8 @@ def write_block(store: BlockStore, block: Block, records: dict[str, ModuleRecord
     """Store a block as it is now; records: of its linear layers, by full name."""
     tensors: dict[str, Tensor] = {}
     specs, schemes = {}, {}
-    for local, weight in block.weights.items():
+    own = {} if block.index in block.skeleton.owners else block.weights
+    for local, weight in own.items():
         conv1d = block.skeleton.is_conv1d(local)
         specs[local] = spec_of(weight, conv1d=conv1d)
         transposed = conv1d and specs[local] is None
@@ -36,7 +37,7 @@ def write_block(store: BlockStore, block: Block, records: dict[str, ModuleRecord
     for name, tensor in block.others.items():
         owner, _, leaf_name = name.rpartition(".")
         is_factored = leaf_name == "bias" and isinstance(block.weights.get(owner), LowRank)
-        tensors[block.name(f"{owner}.up.bias" if is_factored else name)] = tensor
+        tensors[block.skeleton.module_name(block.index, f"{owner}.up.bias" if is_factored else name)] = tensor
     described = {name: record.model_dump(mode="json") for name, record in records.items()}
     store.write(block_part(block.index), tensors, {"layers": described, "specs": specs, "schemes": schemes})
 
@@ -47,6 +48,10 @@ def read_block(store: BlockStore, skeleton: Skeleton, index: int) -> Block:
     groups = {module: {"targets": [module], **scheme} for module, scheme in record["schemes"].items()}
     masked = {matrix for entry in record["layers"].values() for matrix in entry["masked"]}
     source = layers.Source(tensors.__getitem__, tensors.__contains__, {"config_groups": groups}, masked.__contains__)
+    if index in skeleton.owners:
+        weights = read_block(store, skeleton, skeleton.owner(index)).weights
+        others = {name: tensors[skeleton.module_name(index, name)] for name in skeleton.other_names(index)}
+        return Block(skeleton, index, weights, others)
     weights = {}
     for local in skeleton.arch.linears:
         spec = record["specs"][local]
@@ -61,7 +66,9 @@ def read_block(store: BlockStore, skeleton: Skeleton, index: int) -> Block:
 
 
 def collect_records(store: BlockStore, block: Block, result: Streamed) -> None:
-    """Add what a stored block's layers became to ``result``."""
+    """Add what a stored block's layers became to ``result``; those that it shares are another block's."""
+    if block.index in block.skeleton.owners:
+        return
     stored = store.record(block_part(block.index))["layers"]
     for local, weight in block.weights.items():
         name = block.name(local)

@@ -1,9 +1,11 @@
-"""Open an artifact whose layers stock transformers cannot express: low-rank pairs, sums, outliers, quantized Conv1D layers.
+"""Open an artifact whose layers stock transformers cannot express: low-rank pairs, sums, outliers, quantized Conv1D layers,
+layers of other shapes than their neighbours', blocks that share their weights, residual connections between bases.
 
-This file is also copied into such artifacts as ``modeling_compress.py``, so it stands alone: torch and transformers only.
-The artifact's config is the base architecture's plus ``base_model_type`` and ``compress_modules``, under a model type of its
-own, since a plain ``llama`` would silently re-initialise the matrices that it misses. The classes made here are subclasses
-of the base architecture's own config and model, so generation, caches and quantizers treat them as such.
+This file is also copied into such artifacts as ``modeling_compress.py``, with ``stored_layers.py`` beside it, so the two stand
+alone: torch and transformers only.
+The artifact's config is the base architecture's plus ``base_model_type``, ``compress_structure`` and ``compress_modules``, under
+a model type of its own, since a plain ``llama`` would silently re-initialise the matrices that it misses. The classes made here
+are subclasses of the base architecture's own config and model, so generation, caches and quantizers treat them as such.
 """
 
 from functools import cache
@@ -16,40 +18,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from .stored_layers import (
+    AffineLinear,
+    BilevelLinear,
+    BitmaskGridLinear,
+    BitmaskLinear,
+    ColumnLinear,
+    OutlierLinear,
+    signs,
+    spread,
+    unpack_bits,
+)  # fmt: skip
+
 MODEL_TYPE = "compress"
-
-
-def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Signed codes (count,) int8 in [-2**(bits-1), 2**(bits-1) - 1] from a stream of bits, (bytes,) uint8, least first."""
-    if packed.is_meta:
-        return torch.empty(count, dtype=torch.int8, device="meta")
-    stream = ((packed.unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1).flatten()[: count * bits]
-    weights = 1 << torch.arange(bits, dtype=torch.int16, device=packed.device)
-    return ((stream.view(count, bits) * weights).sum(1) - 2 ** (bits - 1)).to(torch.int8)
-
-
-def signs(packed: Tensor, count: int) -> Tensor:
-    """Signs (count,) int8, -1 or 1, from a stream of bits, (bytes,) uint8, least first: a set bit is 1."""
-    return unpack_bits(packed, 1, count) * 2 + 1
-
-
-def spread(x: Tensor) -> Tensor:
-    """x Q along the last dimension, for the orthonormal, symmetric Q (so its own inverse) that spreads every entry over all.
-
-    Q is the Kronecker product of a Hartley matrix, of the length's odd part, and a Walsh-Hadamard matrix: it exists for
-    every length and needs no table. Computed in at least float32, in O(n (odd + log n)) for each row.
-    """
-    n = x.shape[-1]
-    odd = n // (n & -n)
-    y = (x if x.dtype == torch.float64 else x.float()).unflatten(-1, (odd, n // odd))
-    if odd > 1:
-        steps = torch.arange(odd, device=x.device)
-        angles = (torch.outer(steps, steps) % odd).to(y.dtype) * (2 * torch.pi / odd)
-        y = (angles.cos() + angles.sin()) @ y
-    for _ in range((n // odd).bit_length() - 1):  # each round turns the digits of the index once, so all of them come home
-        first, second = y.unflatten(-1, (2, -1)).unbind(-2)
-        y = torch.stack((first + second, first - second), -1).flatten(-2)
-    return (y.flatten(-2) * n**-0.5).to(x.dtype)
 
 
 class LowRankLinear(nn.Module):
@@ -84,117 +65,6 @@ class SumLinear(nn.Module):
         for part in self.parts[1:]:
             total = total + part(x)
         return total if self.bias is None else total + self.bias
-
-
-class StoredLinear(nn.Module):
-    """A linear layer whose matrix is worked out from its own tensors whenever it is used."""
-
-    bias: nn.Parameter | None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-
-    def hold(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor of the file: a parameter where it is of floats, which libraries look for to tell a module's dtype."""
-        if tensor.is_floating_point():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        else:
-            self.register_buffer(name, tensor)
-
-    def matrix(self) -> Tensor:
-        """The (out, in) matrix."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., out)."""
-        return nn.functional.linear(x, self.matrix(), self.bias)
-
-
-class OutlierLinear(StoredLinear):
-    """A sparse matrix: values (count,) at columns (count,), those of row i from row_starts[i] to row_starts[i + 1]."""
-
-    values: Tensor
-    columns: Tensor
-    row_starts: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, count: int, children: dict):
-        super().__init__(in_features, out_features, bias)
-        self.hold("values", torch.empty(count))
-        self.hold("columns", torch.empty(count, dtype=torch.int16 if in_features <= 1 << 15 else torch.int32))
-        self.hold("row_starts", torch.empty(out_features + 1, dtype=torch.int32))
-
-    def matrix(self) -> Tensor:
-        counts = (self.row_starts[1:] - self.row_starts[:-1]).long()
-        rows = torch.arange(self.out_features, device=counts.device).repeat_interleave(counts)
-        dense = self.values.new_zeros(self.out_features, self.in_features)
-        return dense.index_put_((rows, self.columns.long()), self.values)
-
-
-class ColumnLinear(StoredLinear):
-    """A matrix of few columns that are not zero: values (out, count) at the inputs ``indices`` (count,)."""
-
-    values: Tensor
-    indices: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, count: int, children: dict):
-        super().__init__(in_features, out_features, bias)
-        self.hold("values", torch.empty(out_features, count))
-        self.hold("indices", torch.empty(count, dtype=torch.int32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.index_select(-1, self.indices), self.values, self.bias)
-
-
-class AffineLinear(StoredLinear):
-    """A grid with fractional zeros: (codes - zero) * scale, with a scale and a zero per group of inputs of a row; whole: the
-    zeros are integers."""
-
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, n_groups: int, children: dict, whole: int = 0):
-        super().__init__(in_features, out_features, bias)
-        self.bits = bits
-        self.hold("packed", torch.empty(-(-out_features * in_features * bits // 8), dtype=torch.uint8))
-        self.hold("scale", torch.empty(out_features, n_groups))
-        self.hold("zero", torch.empty(out_features, n_groups, dtype=torch.int8 if whole else None))
-
-    def matrix(self) -> Tensor:
-        codes = unpack_bits(self.packed, self.bits, self.out_features * self.in_features)
-        codes = codes.view(*self.scale.shape, -1).to(self.scale.dtype)
-        zero, scale = self.zero.to(codes.dtype).unsqueeze(-1), self.scale.unsqueeze(-1)
-        return ((codes - zero) * scale).view(self.out_features, self.in_features)
-
-
-class BilevelLinear(StoredLinear):
-    """A grid with integer zeros per group of inputs of a row, whose scales are base + code * step for every 16 rows."""
-
-    packed: Tensor
-    packed_zero: Tensor
-    packed_scale: Tensor
-    base: Tensor
-    step: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, n_groups: int, children: dict):
-        super().__init__(in_features, out_features, bias)
-        self.bits, self.n_grids = bits, out_features * n_groups
-        self.hold("packed", torch.empty(-(-out_features * in_features * bits // 8), dtype=torch.uint8))
-        self.hold("packed_zero", torch.empty(-(-self.n_grids * bits // 8), dtype=torch.uint8))
-        self.hold("packed_scale", torch.empty(-(-self.n_grids * 3 // 8), dtype=torch.uint8))
-        self.hold("base", torch.empty(-(-out_features // 16), n_groups))
-        self.hold("step", torch.empty(-(-out_features // 16), n_groups))
-
-    def matrix(self) -> Tensor:
-        codes = unpack_bits(self.packed, self.bits, self.out_features * self.in_features)
-        zero = unpack_bits(self.packed_zero, self.bits, self.n_grids)
-        scale_codes = (unpack_bits(self.packed_scale, 3, self.n_grids) + 4).view(self.out_features, -1)
-        rows = torch.arange(self.out_features, device=codes.device) // 16
-        scale = self.base[rows] + scale_codes.to(self.base.dtype) * self.step[rows]
-        codes, zero = (part.view(*scale.shape, -1).to(scale.dtype) for part in (codes, zero))
-        return ((codes - zero) * scale.unsqueeze(-1)).view(self.out_features, self.in_features)
 
 
 class IncoherentLinear(nn.Module):
@@ -259,6 +129,56 @@ class TiedHead(nn.Module):
         return nn.functional.linear(x, self.tables[0].matrix().to(x.dtype))
 
 
+class SharedLinear(nn.Module):
+    """A linear layer without tensors of its own: it computes as that of another block does."""
+
+    def __init__(self, block: nn.Module, name: str):
+        super().__init__()
+        self.place = (block, name)  # in a tuple they are no children, whose tensors would be saved twice
+
+    @property
+    def own(self) -> Any:
+        """The layer that it stands for."""
+        return self.place[0].get_submodule(self.place[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)."""
+        return self.own(x)
+
+
+class Shortcut(nn.Module):
+    """What a residual connection adds to a sum, so that x + f(norm(x)) becomes x (1 - F F^T) + f(norm(x)): the change of basis
+    between the places before and after f. factor: F (size, rank).
+
+    The block's own forward stays: hooks see x enter the norm, and add to what f puts out.
+    """
+
+    def __init__(self, size: int, rank: int):
+        super().__init__()
+        self.factor = nn.Parameter(torch.empty(size, rank))
+        self.seen: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., size) -> -x F F^T."""
+        return -((x @ self.factor) @ self.factor.T)
+
+    def connect(self, norm: nn.Module, module: nn.Module) -> None:
+        """Watch the norm's input and the output of f. Bound methods as hooks are copied along with the model."""
+        norm.register_forward_pre_hook(self.remember)
+        module.register_forward_hook(self.add)
+
+    def remember(self, _: nn.Module, inputs: tuple) -> None:
+        """The norm's hook."""
+        self.seen = inputs[0]
+
+    def add(self, _: nn.Module, inputs: tuple, output: Any) -> Any:
+        """The hook of f; where f runs without its block there is nothing to add."""
+        if self.seen is None:
+            return output
+        change, self.seen = self(self.seen), None
+        return (output[0] + change, *output[1:]) if isinstance(output, tuple) else output + change
+
+
 KINDS: dict[str, Any] = {
     "low_rank": LowRankLinear,
     "sum": SumLinear,
@@ -268,6 +188,8 @@ KINDS: dict[str, Any] = {
     "table": Table,
     "bilevel": BilevelLinear,
     "incoherent": IncoherentLinear,
+    "bitmask": BitmaskLinear,
+    "bitmask_grid": BitmaskGridLinear,
 }
 
 
@@ -302,6 +224,39 @@ def reshape_module(module: nn.Module, spec: dict | None) -> nn.Module:
     return shaped
 
 
+def restructure(model: nn.Module, structure: dict) -> None:
+    """Change a model's modules before ``compress_modules`` is applied, as ``compress_structure`` says (name -> spec).
+
+    kind "shape": a linear layer has ``out_features``, ``in_features`` and perhaps a ``bias`` of its own; that of the queries
+    says with ``queries_per_group`` how many heads share a key and value head. kind "shared": a block computes with the linear
+    layers of the block ``of``. kind "shortcut": a :class:`Shortcut` of that ``rank`` in a block, which skips from its ``norm`` to
+    behind its ``module``.
+    """
+    for name, spec in structure.items():
+        if spec["kind"] == "shape":
+            parent_name, _, child = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            setattr(parent, child, nn.Linear(spec["in_features"], spec["out_features"], bias=spec["bias"]))
+            if "queries_per_group" in spec:
+                parent.num_key_value_groups = spec["queries_per_group"]
+        elif spec["kind"] == "shared":
+            block, owner = model.get_submodule(name), model.get_submodule(spec["of"])
+            for local, module in list(block.named_modules()):
+                if isinstance(module, nn.Linear | Conv1D):
+                    block.set_submodule(local, SharedLinear(owner, local))
+        elif spec["kind"] == "shortcut":
+            block_name, _, child = name.rpartition(".")
+            block: Any = model.get_submodule(block_name)
+            norm = block.get_submodule(spec["norm"])
+            shortcut = Shortcut(len(norm.weight), spec["rank"])
+            shortcut.connect(norm, block.get_submodule(spec["module"]))
+            block.add_module(child, shortcut)
+        else:
+            raise ValueError(
+                f"compress_structure: unknown kind {spec['kind']!r}; a newer release of compress may have written this artifact"
+            )
+
+
 def reshape_model(model: nn.Module, modules: dict) -> None:
     """Replace the modules named in ``modules`` (name -> spec); a "tied_head" names the ``table`` that it reads."""
     for name, spec in sorted(modules.items(), key=lambda item: item[1]["kind"] == "tied_head"):
@@ -320,7 +275,8 @@ def classes(base_model_type: str) -> tuple[type, type]:
 
     def initialise(self, config, *args, **kwargs):
         base_model.__init__(self, config, *args, **kwargs)
-        reshape_model(self, config.compress_modules)
+        restructure(self, getattr(config, "compress_structure", {}))
+        reshape_model(self, getattr(config, "compress_modules", {}))
 
     shared = {"__module__": __name__}  # _auto_class: so that save_pretrained copies this file too
     config_class = type("CompressConfig", (base_config,), {"model_type": MODEL_TYPE, "_auto_class": "AutoConfig", **shared})

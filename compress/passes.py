@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.skeleton import Skeleton
     from compress.stats import LinearStats
     from compress.surgery import Surgery
+    from compress.walk import Walk
 
 
 class Taxon(str, Enum):
@@ -42,9 +43,9 @@ class Taxon(str, Enum):
 class Needs(NamedTuple):
     """What a pass asks the engine for, before any compute.
 
-    stats: names of :class:`compress.stats.LinearStats` sums ("sqnorm", "absmax", "hessian", "covariance").
+    stats: names of :class:`compress.stats.LinearStats` sums ("sum", "sqnorm", "absmax", "hessian", "covariance", ...).
     teacher: whether a :class:`TrainPass` is given the logits of the uncompressed model.
-    inputs: whether a :class:`BlockPass` is given the calibration activations that enter the block.
+    inputs: whether a :class:`BlockPass`, or a survey's ``effect``, is given the calibration activations that enter the block.
     reference: whether it is also given what the block put out before the stage, for inputs that no earlier block changed.
     """
 
@@ -101,10 +102,6 @@ class StreamPass(Pass):
     a layer is compressed when a target matches and no skip does.
     """
 
-    surveys: ClassVar[bool] = False
-    """True: :meth:`survey` sees every matching layer before the stage begins, and :meth:`allocate` then says what is done
-    to each. Such a pass begins a stage of its own."""
-
     targets: tuple[str, ...] = ("*",)
     skip: tuple[str, ...] = ("lm_head",)
 
@@ -112,6 +109,12 @@ class StreamPass(Pass):
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return tuple(value.split("+")) if isinstance(value, str) else value
+
+    @property
+    def surveys(self) -> Needs | None:
+        """What :meth:`survey` needs, of a pass that sees every matching layer before the stage begins, so that
+        :meth:`allocate` can say what is done to each; None of all others. Such a pass begins a stage of its own."""
+        return None
 
     @property
     def sequential(self) -> bool:
@@ -140,8 +143,8 @@ class StreamPass(Pass):
     def survey(self, weight: Weight, stats: LinearStats, effect: Callable[[Weight], float]) -> Any:
         """One layer's measurement for :meth:`allocate`, of plain JSON values, before anything is compressed.
 
-        stats: as for ``linear``. effect: how much the output of the layer's block would change with another weight in the
-        layer's place: |dy|^2 / |y|^2 over some of the calibration tokens.
+        stats: as for ``linear``, of what ``surveys`` names. effect: how much the output of the layer's block would change
+        with another weight in the layer's place: |dy|^2 / |y|^2 over some of the calibration tokens.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -176,8 +179,20 @@ class CorrectionPass(LinearPass):
     It must follow, in one stage, a pass that compresses the layers which it corrects.
     """
 
+    moves_masks: ClassVar[bool] = False
+    """True: which weights are removed may change, but for those that were when the stage began: they are zero in
+    ``original``."""
+
     def correct(self, original: Tensor, weight: Weight, stats: LinearStats) -> Weight:
         """The corrected layer. original: (out, in), as it was when the stage began; weight: what it has become."""
+        raise NotImplementedError(type(self).__name__)
+
+
+class StoragePass(LinearPass):
+    """A pass that changes how matrices are stored, and no value of them."""
+
+    def store(self, weight: Weight) -> Weight:
+        """The same matrix in another representation, or the weight itself. It may have meta tensors."""
         raise NotImplementedError(type(self).__name__)
 
 
@@ -199,10 +214,20 @@ class ModelPass(Pass):
         """What a linear layer, a weight of meta tensors, will become. Raises ValueError where it cannot be handled."""
         return weight
 
-    def surgery(self, model: Skeleton) -> Surgery:
-        """What to do, from the model's shapes and configuration; it has no weights yet.
+    @property
+    def measures(self) -> bool:
+        """Whether the pass must look at the model's weights or activations to decide: :meth:`measure` is then called."""
+        return False
 
-        Raises BadInput where the architecture does not allow it.
+    def measure(self, walk: Walk) -> Any:
+        """What :meth:`surgery` decides by, of plain JSON values, from a walk through the model's blocks."""
+        raise NotImplementedError(type(self).__name__)
+
+    def surgery(self, model: Skeleton, found: Any = None) -> Surgery:
+        """What to do, from the model's shapes and configuration, and from what :meth:`measure` found.
+
+        A plan asks before anything is measured, with None: any choice of the same sizes will do. Raises BadInput where the
+        architecture does not allow it.
         """
         raise NotImplementedError(type(self).__name__)
 
@@ -218,7 +243,7 @@ class Signal(NamedTuple):
 
 
 class TrainPass(Pass):
-    """A pass that trains what is left of the model: a loss; ``train.py`` runs the loop.
+    """A pass that trains what is left of the model: a loss; ``train.py`` runs the loop. It may remove weights on the way.
 
     steps: optimiser steps (AdamW). batch_size: sequences per step.
     accumulate: equal parts in which a step's batch is computed, one after the other, to fit in memory.
@@ -249,6 +274,19 @@ class TrainPass(Pass):
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         return self
+
+    def outline(self, weight: Weight) -> Weight:
+        """What a linear layer, a weight of meta tensors, will become. Raises ValueError where it cannot be handled."""
+        return weight
+
+    def choose(self, index: int, values: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Which entries of a matrix take part in training from the step with that index on: a mask (out, in) bool, or None
+        where nothing changes. Asked before every step, for every matrix and factor that is not on a grid.
+
+        values: (out, in) float32, as trained by now; an entry that is left out takes no gradient, but is still there. mask: that
+        of earlier passes, None where they removed nothing; what it removed stays removed. The last choice is the result's mask.
+        """
+        return None
 
     def learning_rate_at(self, index: int) -> float:
         """Learning rate of the step with that index: a linear warm-up to the peak, then half a cosine towards 0."""

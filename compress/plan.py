@@ -11,17 +11,16 @@ from collections.abc import Sequence
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
 
-from compress.apply import outlines
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.export import layers
 from compress.loader import linear_shape
-from compress.passes import ModelPass, Pass, StreamPass, TrainPass
+from compress.outline import Outline
+from compress.passes import Pass, StreamPass, TrainPass
 from compress.records import grids
 from compress.skeleton import Skeleton
-from compress.weights import Coded, Composed, Weight, spec_of
+from compress.weights import Coded, Composed, Weight
 from compress.weights.composed import settled, unmasked
 
 _HEADER_BYTES_PER_TENSOR = 52  # of its entry in the header, without its name and the two offsets
@@ -79,68 +78,57 @@ def make_plan(
     dtype: torch.dtype,
 ) -> Plan:
     """Plan ``stages`` (passes grouped as the pipeline runs them). Raises BadInput for a result that no reader would open."""
-    skeleton = Skeleton(checkpoint)
-    names = skeleton.linear_names()
-    passes = [step for stage in stages for step in stage]
-    weights, warnings = _outline(skeleton, passes)
-    surgeries = []
-    for step in passes:
-        if isinstance(step, ModelPass):
-            surgeries.append(step.surgery(skeleton))
-            tables = {name.removesuffix(".weight"): weight for name, weight in surgeries[-1].tables.items()}
-            skeleton.foresee(surgeries[-1].added, tables)
-    cache = next((surgery.cache for surgery in reversed(surgeries) if surgery.cache), checkpoint.cache_scheme)
-    weights |= skeleton.tables()
-    added = {name: tensor for name, tensor in skeleton.planned.items() if name.removesuffix(".weight") not in weights}
+    outlined, planned, warnings = Outline(Skeleton(checkpoint)), [], []
+    peak, operations = 0, 0.0
+    for index, stage in enumerate(stages):
+        peak = max(peak, _stage_peak(outlined.skeleton, stage, samples, length, dtype))
+        operations += _stage_operations(outlined.skeleton, stage, samples, length)
+        for step in stage:
+            planned.append(_planned(outlined.skeleton, step, index))
+            warnings += _apply(outlined, step)
+    weights = outlined.linears() | outlined.tables
     quantized = grids(weights)
     library = layers.library(quantized)
-    library.check_readable(quantized, cache, dtype)
-    weights = {name: settled(weight, library.is_mixed(quantized, cache)) for name, weight in weights.items()}
-    reshaped = [n for n, weight in weights.items() if spec_of(weight, conv1d=skeleton.is_conv1d(_local(n, skeleton)))]
+    library.check_readable(quantized, outlined.cache, dtype)
+    weights = {name: settled(weight, library.is_mixed(quantized, outlined.cache)) for name, weight in weights.items()}
+    shim = outlined.is_reshaped(weights)
     return Plan(
         model=name,
         architecture=checkpoint.base_model_type,
-        passes=[
-            PlannedPass(
-                label=step.label(), taxon=step.taxon.value, total=len(names), stage=index,
-                matched=sum(map(step.matches, names)) if isinstance(step, StreamPass) else len(names),
-            )
-            for index, stage in enumerate(stages) for step in stage
-        ],
+        passes=planned,
         stages=len(stages),
         source_bytes=checkpoint.nbytes,
-        predicted_bytes=_file_bytes(skeleton, weights, added),
-        tier="shim" if reshaped else "native-quantized" if quantized or cache else "native",
+        predicted_bytes=_file_bytes(outlined, weights),
+        tier="shim" if shim else "native-quantized" if quantized or outlined.cache else "native",
         warnings=warnings,
         computes_as_stored=library is layers.bitsandbytes,
-        peak_bytes=max((_stage_peak(skeleton, stage, samples, length, dtype) for stage in stages), default=0),
-        seconds=sum(_stage_operations(skeleton, stage, samples, length) for stage in stages) / operations_per_second(dtype),
-    )  # fmt: skip
+        peak_bytes=peak,
+        seconds=operations / operations_per_second(dtype),
+    )
 
 
-def _local(name: str, skeleton: Skeleton) -> str:
-    return name.removeprefix(skeleton.arch.blocks + ".").partition(".")[2]
+def _planned(skeleton: Skeleton, step: Pass, stage: int) -> PlannedPass:
+    names = skeleton.linear_names()
+    matched = sum(map(step.matches, names)) if isinstance(step, StreamPass) else len(names)
+    return PlannedPass(label=step.label(), taxon=step.taxon.value, matched=matched, total=len(names), stage=stage)
 
 
-def _outline(skeleton: Skeleton, passes: Sequence[Pass]) -> tuple[dict[str, Weight], list[str]]:
-    weights: dict[str, Weight] = {}
+def _apply(outlined: Outline, step: Pass) -> list[str]:
+    """Let a pass change the outline; returns what the user should know."""
     given_up: dict[str, int] = {}
-    seen: dict[StreamPass, list[Weight]] = {}
-    for name, step, before, weight in outlines(skeleton, passes):
-        weights[name] = weight
-        if isinstance(step, StreamPass) and step.surveys:
-            seen.setdefault(step, []).append(before)
+    seen = []
+    for _, before, weight in outlined.apply(step):
+        seen.append(before)
         lost = "mask" if before.mask is not None and weight.mask is None else None
         lost = "grid" if isinstance(before, Coded) and isinstance(weight, Composed) else lost
-        if step is not None and lost and not _has(weight, lost):
-            key = f"{step.label()} gives up the {lost} that an earlier pass made"
-            given_up[key] = given_up.get(key, 0) + 1
-    for step, befores in seen.items():
+        if lost and not _has(weight, lost):
+            given_up[lost] = given_up.get(lost, 0) + 1
+    if isinstance(step, StreamPass) and step.surveys:
         try:
-            step.check_budget(befores)
+            step.check_budget(seen)
         except ValueError as error:
             raise BadInput(f"{step.label()}: {error}") from None
-    return weights, [f"{message} ({count} layers)" for message, count in given_up.items()]
+    return [f"{step.label()} gives up the {lost} that an earlier pass made ({n} layers)" for lost, n in given_up.items()]
 
 
 def _has(weight: Weight, what: str) -> bool:
@@ -150,25 +138,9 @@ def _has(weight: Weight, what: str) -> bool:
     return any(part.mask is not None if what == "mask" else isinstance(unmasked(part), Coded) for part in parts)
 
 
-def _file_bytes(skeleton: Skeleton, weights: dict[str, Weight], added: dict[str, Tensor]) -> int:
-    checkpoint = skeleton.checkpoint
-    others = [name for name in skeleton.outer_names() if name.removesuffix(".weight") not in weights] + [
-        skeleton.file_name(n) for i in range(len(skeleton.blocks)) for n in skeleton.block_names(i)
-    ]
-    total = sum(checkpoint.meta(skeleton.outer_source(name)).nbytes for name in others)
-    total += sum(weight.nbytes for weight in weights.values()) + sum(tensor.nbytes for tensor in added.values())
-    names = [*others, *added]
-    for name, weight in weights.items():
-        names += _tensor_names(name, weight)
+def _file_bytes(outlined: Outline, weights: dict[str, Weight]) -> int:
+    total, names = outlined.tensors(weights)
     return total + sum(_HEADER_BYTES_PER_TENSOR + len(name) + 2 * len(str(total)) for name in names)
-
-
-def _tensor_names(module: str, weight: Weight) -> list[str]:
-    weight = unmasked(weight)
-    if isinstance(weight, Composed):
-        parts = [name for key, part in weight.children().items() for name in _tensor_names(f"{module}.{key}", part)]
-        return [*(f"{module}.{name}" for name in weight.tensor_names), *parts]
-    return [f"{module}.{name}" for name in (layers.tensor_names(weight) if isinstance(weight, Coded) else ["weight"])]
 
 
 def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int, dtype: torch.dtype) -> int:

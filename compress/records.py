@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.manifest import ModuleRecord
 from compress.stats import LinearStats, energy
-from compress.weights import Coded, Composed, Weight, leaves, spec_of
+from compress.weights import Coded, Composed, Weight, leaves, opened, spec_of
 from compress.weights.composed import unmasked
 
 
@@ -19,7 +19,8 @@ from compress.weights.composed import unmasked
 class Streamed:
     """records: what each linear layer became. reshaped: modules that need the shim loader. quantized: the packed linear
     modules, with meta tensors. probe: (tokens, logits) of the result in memory. config: changes to ``config.json``. cache: how
-    readers round the KV cache. tables: what the embedding and the head became, where they are on grids."""
+    readers round the KV cache. tables: what the embedding and the head became, where they are on grids. origins: of layers
+    that had other names before, which."""
 
     records: dict[str, ModuleRecord]
     reshaped: dict[str, dict[str, Any]]
@@ -28,6 +29,7 @@ class Streamed:
     config: dict[str, Any] = field(default_factory=dict)
     cache: dict[str, Any] | None = None
     tables: dict[str, ModuleRecord] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, weight: Weight, record: ModuleRecord, conv1d: bool) -> None:
         """Take in one linear layer; conv1d: the architecture's own module is a Conv1D."""
@@ -57,10 +59,11 @@ def grids(weights: Mapping[str, Weight]) -> dict[str, Coded]:
 
 def describe(name: str, weight: Weight, before: Weight, passes: list[str], stats: LinearStats | None) -> ModuleRecord:
     """The manifest's row of one linear layer."""
-    parts = [leaf for _, leaf in leaves(name, weight)]
+    parts = [leaf for _, leaf in leaves(name, opened(weight))]
     grid = next((unmasked(leaf) for leaf in parts if isinstance(unmasked(leaf), Coded)), None)
     assert grid is None or isinstance(grid, Coded)
     masked = [module for module, leaf in leaves(name, weight) if leaf.mask is not None and not isinstance(leaf, Composed)]
+    is_sparse = any(leaf.mask is not None and not isinstance(leaf, Composed) for leaf in parts)
     weight_error, output_error = errors(weight, before, stats) if passes else (None, None)
     (n_outputs, n_inputs), inner = weight.shape, unmasked(weight)
     return ModuleRecord(
@@ -71,7 +74,7 @@ def describe(name: str, weight: Weight, before: Weight, passes: list[str], stats
         group_size=grid.group_size if grid and grid.scale.shape[1] > 1 else None,
         activations=grid.inputs if grid else None,
         rank=getattr(inner, "rank", None),
-        sparsity=_sparsity(parts) if masked else None,
+        sparsity=_sparsity(parts) if is_sparse else None,
         masked=masked,
         weight_error=weight_error,
         output_error=output_error,

@@ -7,7 +7,7 @@ the logits from the last block's output. So no architecture's forward is written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,8 @@ from compress.arch import Architecture
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, explain
 from compress.export import layers
-from compress.loader import LowRankLinear, linear_shape, reshape_module
-from compress.weights import Coded, Composed, Weight, spec_of
+from compress.loader import LowRankLinear, linear_shape, reshape_module, restructure
+from compress.weights import Coded, Composed, Weight, opened, spec_of
 from compress.weights.composed import settled, unmasked
 
 
@@ -46,7 +46,8 @@ class _Probe(nn.Module):
 
 
 class Skeleton:
-    """A causal LM on the meta device. blocks: its decoder blocks; linears: names, inside a block, of its linear layers.
+    """A causal LM on the meta device. blocks: its decoder blocks. owners: of a block that computes with another one's linear
+    layers, which one's, by index.
     mixed: whether the artifact that is being made of it will hold several schemes; None: as the checkpoint does."""
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -56,6 +57,10 @@ class Skeleton:
         self.blocks: nn.ModuleList = self.model.get_submodule(self.arch.blocks)  # type: ignore[assignment]
         if not len(self.blocks):
             raise BadInput(f"{checkpoint.path / 'config.json'}: a model with no decoder blocks")
+        self.owners = {
+            int(name.rpartition(".")[2]): int(spec["of"].rpartition(".")[2])
+            for name, spec in checkpoint.structure.items() if spec["kind"] == "shared"
+        }  # fmt: skip
         self._conv1d = {n for n in self.arch.linears if type(self.blocks[0].get_submodule(n)).__name__ == "Conv1D"}
         if checkpoint.cache_scheme:
             for block in self.blocks:
@@ -63,18 +68,21 @@ class Skeleton:
         matrices = {f"{local}.weight" for local in self.arch.linears}
         self._block_names = [[name for name in block.state_dict() if name not in matrices] for block in self.blocks]
         self.block_arguments: list[tuple[tuple, dict]] = []
-        self.planned: dict[str, Tensor] = {}
-        self.planned_tables: dict[str, Weight] = {}
         self.mixed: bool | None = None
         self.tied = set(dict(self.model.named_parameters(remove_duplicate=False))) - set(dict(self.model.named_parameters()))
 
     def module_name(self, index: int, local: str) -> str:
-        """Full name of a linear layer of a block."""
+        """Full name of a linear layer of a block, or of whatever else is in it."""
         return f"{self.arch.blocks}.{index}.{local}"
 
+    def owner(self, index: int) -> int:
+        """The block whose linear layers block ``index`` computes with: itself, unless it shares another one's."""
+        return self.owners.get(index, index)
+
     def linear_names(self) -> list[str]:
-        """Full names of all compressible linear layers, in order."""
-        return [self.module_name(i, local) for i in range(len(self.blocks)) for local in self.arch.linears]
+        """Full names of all compressible linear layers, in order; shared ones once."""
+        own = [index for index in range(len(self.blocks)) if index not in self.owners]
+        return [self.module_name(index, local) for index in own for local in self.arch.linears]
 
     def is_conv1d(self, local: str) -> bool:
         """Whether the architecture itself stores that layer as (in, out)."""
@@ -94,6 +102,19 @@ class Skeleton:
         names = [f"{self.arch.blocks}.{index}.{name}" for name in self._block_names[index]]
         return [name for name in names if cache_scales or not name.endswith(tuple(CACHE_SCALES.values()))]
 
+    def own_tensors(self, index: int) -> dict[str, str]:
+        """The file's names of the tensors that a block would have beside its matrices if it shared none, by full name: those of
+        :meth:`block_names` without scales of a KV cache, and the biases of the layers that it shares."""
+        names = self.block_names(index, cache_scales=False)
+        found = {name: self.file_name(name) for name in names}
+        for local in self.bias_names(self.owner(index)) if index in self.owners else ():
+            found[self.module_name(index, local)] = self.file_name(self.module_name(self.owner(index), local))
+        return found
+
+    def bias_names(self, index: int) -> list[str]:
+        """Names, inside a block, of the biases of its own linear layers."""
+        return [f"{local}.bias" for local in self.arch.linears if f"{local}.bias" in self._block_names[index]]
+
     def file_name(self, name: str) -> str:
         """Where a block's bias is kept: that of a low-rank layer lies on its ``up`` factor."""
         module, _, leaf = name.rpartition(".")
@@ -108,7 +129,7 @@ class Skeleton:
         self.checkpoint.check_complete({self.outer_source(n) for n in direct}, modules)
         for index in range(len(self.blocks)):
             for local in self.arch.linears:
-                name = self.module_name(index, local)
+                name = self.module_name(self.owner(index), local)
                 expected = self.shape(index, local)
                 weight = self.checkpoint.weight(name, expected, conv1d=self.is_conv1d(local), meta=True)
                 if weight.shape != expected:
@@ -144,18 +165,12 @@ class Skeleton:
 
     def tables(self) -> dict[str, Weight]:
         """The matrices outside the blocks that are on grids, by module name, of meta tensors."""
-        own = {module: self.checkpoint.weight(module, (0, 0), meta=True) for module in sorted(self.checkpoint.tables)}
-        return own | self.planned_tables
-
-    def foresee(self, added: dict[str, Tensor], tables: dict[str, Weight]) -> None:
-        """Take a planned surgery for done: ``added`` are meta tensors by name, such as an untied head; ``tables`` by module."""
-        self.tied -= set(added)
-        self.planned |= added
-        self.planned_tables |= tables
+        return {module: self.checkpoint.weight(module, (0, 0), meta=True) for module in sorted(self.checkpoint.tables)}
 
     def outer_meta(self, name: str) -> Tensor:
-        """An outer tensor, or one that a planned surgery adds, on the meta device."""
-        return self.planned[name] if name in self.planned else self.checkpoint.meta(self.outer_source(name))
+        """An outer tensor in its stored dtype, on the meta device."""
+        like = self.outer_source(name) if self.outer_source(name) in self.checkpoint else f"{self.arch.embeddings[0]}.weight"
+        return torch.empty(self._outer(name).shape, dtype=self.checkpoint.meta(like).dtype, device="meta")
 
     def tied_head(self) -> str | None:
         """The head's module name where it reads the embedding's matrix."""
@@ -164,16 +179,16 @@ class Skeleton:
 
     def shape(self, index: int, local: str) -> tuple[int, int]:
         """(out, in) of a linear layer of a block."""
-        return linear_shape(self.blocks[index].get_submodule(local))
+        return linear_shape(self.blocks[self.owner(index)].get_submodule(local))
 
     def read_weights(self, index: int, *, meta: bool = False) -> dict[str, Weight]:
         """The linear weights of a block by local name, as the checkpoint holds them; meta: with meta tensors."""
-        return {
-            local: self.checkpoint.weight(
-                self.module_name(index, local), self.shape(index, local), conv1d=self.is_conv1d(local), meta=meta
-            )
-            for local in self.arch.linears
-        }
+        return {local: self.read_weight(index, local, meta=meta) for local in self.arch.linears}
+
+    def read_weight(self, index: int, local: str, *, meta: bool = False) -> Weight:
+        """One of :meth:`read_weights`."""
+        name, shape = self.module_name(self.owner(index), local), self.shape(index, local)
+        return self.checkpoint.weight(name, shape, conv1d=self.is_conv1d(local), meta=meta)
 
     def other_names(self, index: int) -> list[str]:
         """Names, inside a block, of its tensors outside the linear layers' matrices: norms and biases."""
@@ -184,11 +199,20 @@ class Skeleton:
         prefix = f"{self.arch.blocks}.{index}."
         return {name: self.checkpoint.tensor(self.file_name(prefix + name)) for name in self._block_names[index]}
 
+    def read_shared_biases(self, index: int) -> dict[str, Tensor]:
+        """The biases of the linear layers that a block shares, by local name; none of a block that has layers of its own."""
+        shared, owner = self.bias_names(self.owner(index)) if index in self.owners else [], self.owner(index)
+        files = {name: self.file_name(self.module_name(owner, name)) for name in shared}
+        return {name: self.checkpoint.tensor(file) for name, file in files.items() if file in self.checkpoint}  # not one to come
+
     def load_block(self, index: int, weights: dict[str, Weight], others: dict[str, Tensor] | None = None) -> nn.Module:
         """Fill block ``index`` with linear weights and others (by local name; None: the checkpoint's), ready to run."""
         block = self.blocks[index]
+        owner = self.blocks[self.owner(index)]
         for local, weight in weights.items():
-            self.install(block, local, weight)
+            self.install(owner, local, weight)
+        for name, tensor in self.read_shared_biases(index).items():
+            self.set_other(owner, name, tensor)
         for name, tensor in (self.read_others(index) if others is None else others).items():
             self.set_other(block, name, tensor)
         for name, buffer in block.named_buffers():
@@ -222,10 +246,10 @@ class Skeleton:
         fill_linear(module, weight, self.device, self.dtype)
 
     def materialise(self) -> dict[str, Weight]:
-        """Fill the whole model, for training; returns its linear weights by full name."""
+        """Fill the whole model, for training; returns its linear weights by full name, those of bitmasks as masked ones."""
         weights: dict[str, Weight] = {}
         for index in range(len(self.blocks)):
-            own = self.read_weights(index)
+            own = {} if index in self.owners else {k: opened(weight) for k, weight in self.read_weights(index).items()}
             self.load_block(index, own)
             weights |= {self.module_name(index, local): weight for local, weight in own.items()}
         self._fill_outer()
@@ -237,9 +261,10 @@ class Skeleton:
 
     def free_block(self, index: int) -> None:
         """Drop the block's tensors."""
-        for module in self.blocks[index].modules():
-            compute_by(module, None)
-        self.blocks[index].to("meta")
+        for block in {self.blocks[index], self.blocks[self.owner(index)]}:
+            for module in block.modules():
+                compute_by(module, None)
+            block.to("meta")
         self.checkpoint.unmap()
 
     def _fill_outer(self) -> None:
@@ -296,9 +321,26 @@ class Skeleton:
     @torch.no_grad()
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Logits (batch, length, V) from the last block's outputs, through the model's own final layers."""
+        return next(self.all_logits([(tokens, hidden)])).cpu()
+
+    @torch.no_grad()
+    def all_logits(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+        """:meth:`logits` of several (tokens, hidden), on the skeleton's device; the head is filled only once."""
         with self._probing() as probes:
-            probes[-1].output = hidden.to(self.device)
-            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits.float().cpu()
+            for tokens, hidden in batches:
+                probes[-1].output = hidden.to(self.device)
+                yield self.model(input_ids=tokens.to(self.device), use_cache=False).logits.float()
+
+    def loss_slope(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The gradient (batch, length, d) of the windows' next-token cross-entropies, each a mean over its tokens, with regard to
+        the last block's outputs."""
+        with self._probing() as probes, torch.enable_grad():
+            probes[-1].output = hidden = hidden.detach().to(self.device).requires_grad_()
+            tokens = tokens.to(self.device)
+            logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+            losses = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            (slope,) = torch.autograd.grad(losses.view(len(tokens), -1).mean(1).sum(), hidden)
+        return slope.cpu()
 
 
 def build_empty(checkpoint: Checkpoint) -> Any:
@@ -309,6 +351,7 @@ def build_empty(checkpoint: Checkpoint) -> Any:
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=checkpoint.trust_remote_code)
+            restructure(model, checkpoint.structure)
     except BadInput:
         raise
     except Exception as error:  # every kind of exception, depending on what is wrong with the configuration

@@ -31,7 +31,7 @@ def group(passes: Sequence[Pass], fuse: bool) -> list[list[Pass]]:
     for step in passes:
         follows = bool(stages) and isinstance(stages[-1][0], StreamPass)
         if isinstance(step, CorrectionPass) and not follows:
-            raise BadInput(f"{step.label()} corrects what a pass just before it has compressed: write it after a quantizer")
+            raise BadInput(f"{step.label()} corrects what a pass just before it did: write it after a quantizer or a pruner")
         joins = isinstance(step, CorrectionPass) or (fuse and isinstance(step, StreamPass) and not step.surveys)
         if follows and joins:
             stages[-1].append(step)

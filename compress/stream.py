@@ -22,7 +22,7 @@ from compress.errors import BadInput, CompressError
 from compress.export import layers
 from compress.journal import OUTER, block_part, collect_records, read_block, write_block
 from compress.manifest import ModuleRecord
-from compress.passes import BlockPass, LinearPass, StreamPass
+from compress.passes import BlockPass, CorrectionPass, LinearPass, Needs, StreamPass
 from compress.records import Streamed, describe, grids
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
@@ -65,8 +65,13 @@ class Stream:
         self.spill_bytes, self.progress, self.allocations = spill_bytes, progress, allocations or {}
         self.passes, self.phases = passes, phases(passes)
         self.probe_tokens = tokens[:PROBE_SEQUENCES, :PROBE_LENGTH].contiguous()
-        self.tokens = tokens if any(p.needs.stats or p.needs.inputs or p.needs.reference for p in passes) else None
-        self.needs_reference = any(step.needs.reference for step in passes)
+        needs = [self.needs(step) for step in passes]
+        self.tokens = tokens if any(need.stats or need.inputs or need.reference for need in needs) else None
+        self.needs_reference = any(need.reference for need in needs)
+
+    def needs(self, step: StreamPass) -> Needs:
+        """What a pass needs of this stream."""
+        return step.needs
 
     @torch.no_grad()
     def run(self) -> Streamed:
@@ -74,7 +79,7 @@ class Stream:
         n_blocks = len(self.skeleton.blocks)
         self._start_activations()
         cache = self.skeleton.checkpoint.cache_scheme
-        planned = {name: weight for name, _, _, weight in outlines(self.skeleton, self.passes, self.allocations)}
+        planned = dict(outlines(self.skeleton, self.passes, self.allocations))
         tables = self.skeleton.tables()
         quantized = grids(planned | tables)
         self.skeleton.mixed = layers.library(quantized).is_mixed(quantized, cache)
@@ -154,6 +159,11 @@ class Stream:
 
     def _compress(self, index: int) -> Block:
         skeleton = self.skeleton
+        if index in skeleton.owners:  # what it computes with has been compressed already, on the inputs of its owner
+            owner = read_block(self.store, skeleton, skeleton.owner(index))
+            block = Block(skeleton, index, owner.weights, skeleton.read_others(index))
+            write_block(self.store, block, {})
+            return block
         block = Block(skeleton, index, skeleton.read_weights(index), skeleton.read_others(index))
         block.inputs, block.targets = self.activations, self.reference
         records: dict[str, ModuleRecord] = {}
@@ -190,6 +200,7 @@ class Stream:
             self.skeleton.block_arguments = self.calls
         block.stats = {local: stats.only(step.needs.stats) for group, stats in gathered.items() for local in group}
         kept = {local: structure(weight) for local, weight in block.weights.items()}
+        block.open_bitmasks()
         if step.regrids:
             block.open_grids()
         try:
@@ -218,9 +229,9 @@ class Stream:
     ) -> dict[tuple[str, ...], LinearStats]:
         """Statistics of the inputs of those groups that some pass compresses; empty where no pass needs any."""
         skeleton = self.skeleton
-        wanted = _wanted(steps)
+        wanted = self._wanted(steps)
         names = {group: [block.name(local) for local in group] for group in groups}
-        wanted_groups = [g for g in groups if any(step.matches(n) for n in names[g] for step in steps if step.needs.stats)]
+        wanted_groups = [g for g in groups if any(step.matches(n) for n in names[g] for step in steps if self.needs(step).stats)]
         if self.activations is None or not wanted_groups:
             return {}
         factored = {g for g in wanted_groups if any(self._carries_statistics(steps, block, local) for local in g)}
@@ -252,6 +263,13 @@ class Stream:
             stats.finish()
         return gathered
 
+    def _wanted(self, steps: Sequence[StreamPass]) -> frozenset[str]:
+        """The statistics that passes on one capture need between them."""
+        wanted = frozenset().union(*(self.needs(step).stats for step in steps))
+        if wanted and any(isinstance(step, LinearPass) and step.factorises for step in steps):
+            wanted |= {"hessian"}  # so that a later pass's statistics can be carried to the factors
+        return wanted
+
     def _carries_statistics(self, steps: Sequence[StreamPass], block: Block, local: str) -> bool:
         """Whether a step will meet a weight that statistics are carried through: factors that it has, or is given by then."""
         name, weight = block.name(local), block.weights[local].map(lambda tensor: tensor.to("meta"))
@@ -277,7 +295,9 @@ class Stream:
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise CompressError(f"{step.method()} at {name}: {error}") from error
         if not (isinstance(step, LinearPass) and step.factorises):
-            assert_structure_kept(f"{step.method()} at {name}", structure(on_device), result)
+            moves_masks = isinstance(step, CorrectionPass) and step.moves_masks  # but not those of earlier stages
+            kept = structure(original.map(lambda tensor: tensor.to(device)) if moves_masks else on_device)
+            assert_structure_kept(f"{step.method()} at {name}", kept, result)
         return result
 
 
@@ -302,14 +322,6 @@ def _has_factors(weight: Weight) -> bool:
     inner = unmasked(weight)
     children = inner.children().values() if isinstance(inner, Composed) else ()
     return isinstance(inner, LowRank | Incoherent) or any(map(_has_factors, children))
-
-
-def _wanted(steps: Sequence[StreamPass]) -> frozenset[str]:
-    """The statistics that passes on one capture need between them."""
-    wanted = frozenset().union(*(step.needs.stats for step in steps))
-    if wanted and any(isinstance(step, LinearPass) and step.factorises for step in steps):
-        wanted |= {"hessian"}  # so that a later pass's statistics can be carried to the factors
-    return wanted
 
 
 def check_targets(passes: Sequence[StreamPass], names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from compress.block import Block
 from compress.errors import CompressError
-from compress.passes import LinearPass, StreamPass
+from compress.passes import LinearPass, Needs, StreamPass
 from compress.progress import Progress
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
@@ -25,6 +26,10 @@ _EFFECT_SEQUENCES = 8  # windows on which a change of the block's output is meas
 class Survey(Stream):
     """A stream that changes nothing: what its one pass finds of each layer, with inputs that no compression has touched."""
 
+    def needs(self, step: StreamPass) -> Needs:
+        assert step.surveys is not None
+        return step.surveys
+
     @torch.no_grad()
     def find(self) -> dict[str, Any]:
         """The pass's measurements by full layer name."""
@@ -35,7 +40,7 @@ class Survey(Stream):
             self.progress(index, n_blocks, f"measuring block {index + 1} of {n_blocks}")
             block = Block(self.skeleton, index, self.skeleton.read_weights(index), self.skeleton.read_others(index))
             gathered = self._collect(block, [step], self.skeleton.arch.groups)
-            for group in self.skeleton.arch.groups:
+            for group in self.skeleton.arch.groups if index not in self.skeleton.owners else ():
                 for local in group:
                     if step.matches(block.name(local)):
                         found[block.name(local)] = self._measure(step, block, local, gathered.get(group))
@@ -44,12 +49,17 @@ class Survey(Stream):
         return found
 
     def _measure(self, step: StreamPass, block: Block, local: str, stats: LinearStats | None) -> Any:
-        assert self.activations is not None
-        own = stats.only(step.needs.stats) if stats is not None else self._no_stats(block.weights[local].shape[1])
-        rows, weight = self.activations[:_EFFECT_SEQUENCES], block.weights[local]
-        outputs = block.run(rows)
+        weight = block.weights[local]
+        own = stats.only(self.needs(step).stats) if stats is not None else self._no_stats(weight.shape[1])
+
+        @cache
+        def run() -> tuple[Tensor, Tensor]:
+            assert self.activations is not None, "the pass does not declare that its survey needs inputs"
+            rows, self.skeleton.block_arguments = self.activations[:_EFFECT_SEQUENCES], self.calls
+            return rows, block.run(rows)
 
         def effect(other: Weight) -> float:
+            rows, outputs = run()
             block.set(local, other)
             change = (block.run(rows) - outputs).float().square().sum() / outputs.float().square().sum()
             block.set(local, weight)

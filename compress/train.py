@@ -41,8 +41,9 @@ from compress.writer import save_tensors
 logger = logging.getLogger(__name__)
 
 Parameters = Mapping[str, nn.Parameter]
+Layers = Mapping[str, TrainableLinear]
 STATE_FILE = "training.safetensors"
-"""Parameters, AdamW's moments and, in the header's metadata, the losses so far and what they belong to."""
+"""Parameters, AdamW's moments, chosen masks and, in the header's metadata, the losses so far and what they belong to."""
 
 
 class TrainResult(NamedTuple):
@@ -161,10 +162,11 @@ def _run(
     step, student = objective.step, objective.student
     groups = _parameter_groups(student, step)
     parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
     if not parameters:
         raise BadInput(f"{step.label()}: the model's layers are on grids that are not trained; use trains=blocks")
     optimizer = torch.optim.AdamW(groups, lr=step.learning_rate)
-    history = _load_state(state, parameters, optimizer)
+    history = _load_state(state, parameters, layers, optimizer)
     if history:
         progress(len(history), step.steps, "resumed")
     batches = _batches(tokens.shape[0], step, seed, accelerator)
@@ -172,6 +174,7 @@ def _run(
     for index in range(len(history), step.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * step.learning_rate_at(index)
+        _choose(step, index, layers)
         loss = torch.zeros((), device=next(iter(parameters.values())).device)
         for rows in batches[index]:
             part_loss = model(tokens[rows].to(loss.device)) / step.accumulate
@@ -188,9 +191,18 @@ def _run(
         optimizer.zero_grad()
         history.append(mean_loss)
         if accelerator.is_main_process and (done % state.save_every == 0 or done == step.steps):
-            _save_state(state, parameters, optimizer, history)
+            _save_state(state, parameters, layers, optimizer, history)
         progress(done, step.steps, f"loss {mean_loss:.4f}")
     return history
+
+
+def _choose(step: TrainPass, index: int, layers: Layers) -> None:
+    """Let the pass say what each matrix is trained under from here on."""
+    for layer in layers.values():
+        values = layer.values
+        mask = None if values is None else step.choose(index, values, layer.earlier)
+        if mask is not None:
+            layer.choose(mask)
 
 
 def _batches(n_sequences: int, step: TrainPass, seed: int, accelerator: Accelerator) -> Tensor:
@@ -277,11 +289,12 @@ def _fingerprint(weights: Mapping[str, Weight], tokens: Tensor, step: TrainPass,
     return digest.hexdigest()
 
 
-def _save_state(state: _State, parameters: Parameters, optimizer: Optimizer, history: list[float]) -> None:
+def _save_state(state: _State, parameters: Parameters, layers: Layers, optimizer: Optimizer, history: list[float]) -> None:
     """Write what the next step depends on, aside and then in place; one file, so that no crash can mix two states."""
     tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
     for name, value in parameters.items():
         tensors |= {f"{key}/{name}": moment for key, moment in optimizer.state.get(value, {}).items()}
+    tensors |= {f"mask/{name}": layer.chosen for name, layer in layers.items() if layer.chosen is not None}
     aside = state.path.with_suffix(".part")
     save_tensors(tensors, aside, {"training": json.dumps({"fingerprint": state.fingerprint, "history": history})})
     with aside.open("rb") as file:
@@ -290,8 +303,8 @@ def _save_state(state: _State, parameters: Parameters, optimizer: Optimizer, his
 
 
 @torch.no_grad()
-def _load_state(state: _State, parameters: Parameters, optimizer: Optimizer) -> list[float]:
-    """Restore parameters and moments; returns the losses of the steps that are done, [] where nothing was saved."""
+def _load_state(state: _State, parameters: Parameters, layers: Layers, optimizer: Optimizer) -> list[float]:
+    """Restore parameters, moments and masks; returns the losses of the steps that are done, [] where nothing was saved."""
     if not state.path.exists():
         return []
     with safe_open(state.path, framework="pt") as file:
@@ -301,7 +314,11 @@ def _load_state(state: _State, parameters: Parameters, optimizer: Optimizer) -> 
             return []
         for key in file.keys():  # noqa: SIM118 (not a dict)
             kind, _, name = key.partition("/")
-            tensor, parameter = file.get_tensor(key), parameters[name]
+            tensor = file.get_tensor(key)
+            if kind == "mask":
+                layers[name].choose(tensor.to(layers[name].masters[0].device))
+                continue
+            parameter = parameters[name]
             if kind == "parameter":
                 parameter.copy_(tensor)
             else:  # AdamW keeps its step counts, scalars, on the CPU

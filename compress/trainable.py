@@ -12,12 +12,16 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from compress.activations import rounded
-from compress.weights import Coded, Composed, LowRank, Weight
+from compress.weights import Coded, Composed, Dense, LowRank, Masked, Weight
 from compress.weights.composed import unmasked
 
 
 class TrainableLinear(nn.Module):
-    """A linear layer that computes with a representation of its matrix and trains float32 copies of its parameters."""
+    """A linear layer that computes with a representation of its matrix and trains float32 copies of its parameters.
+
+    earlier: the mask that it came with, (out, in) bool, or None. chosen: the one that it trains under, where :meth:`choose` set
+    one; what that leaves out keeps its value in the copy, and may come back.
+    """
 
     def __init__(self, weight: Weight, bias: Tensor | None, device: torch.device):
         super().__init__()
@@ -27,6 +31,18 @@ class TrainableLinear(nn.Module):
         self.frame = weight.map(lambda tensor: tensor.to(device) if is_code(tensor) else tensor)
         self.masters = nn.ParameterList([_master(value, device) for value in weight.parameters().values()])
         self.bias = None if bias is None else _master(bias, device)
+        self.earlier = self.frame.kept if isinstance(self.frame, Masked) else None
+        self.chosen: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor | None:
+        """The matrix as trained by now, (out, in) float32; None where it is on a grid or made of parts."""
+        return self.masters[0].detach() if isinstance(unmasked(self.original), Dense) else None
+
+    def choose(self, mask: Tensor) -> None:
+        """Train under another mask; what earlier passes removed stays removed."""
+        self.chosen = mask if self.earlier is None else mask & self.earlier
+        self.frame = Masked(unmasked(self.frame), self.chosen)
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -45,7 +61,10 @@ class TrainableLinear(nn.Module):
     def trained(self) -> Weight:
         """The representation around the trained values, in the dtypes and on the devices of the original."""
         pairs = zip(self.original.parameters().items(), self.masters, strict=True)
-        return self.original.rebuild({name: master.detach().to(old) for (name, old), master in pairs})
+        values = {name: master.detach().to(old) for (name, old), master in pairs}
+        if self.chosen is None:
+            return self.original.rebuild(values)
+        return Masked(unmasked(self.original), self.chosen.to(next(iter(values.values())).device)).rebuild(values)
 
 
 class TrainableFactors(nn.Module):

@@ -57,7 +57,7 @@ def train_stage(
     result = Streamed({}, {}, {}, (probe, probe), cache=source.cache_scheme)
     for index in range(len(student.blocks)):
         tensors: dict[str, Tensor] = {}
-        for local in student.arch.linears:
+        for local in student.arch.linears if index not in student.owners else ():
             name = student.module_name(index, local)
             result.add(
                 name,
@@ -93,7 +93,7 @@ def _probe(student: Skeleton, weights: dict[str, Weight], dtype: torch.dtype, to
     student.dtype = dtype
     student.model.to(dtype)
     for index, block in enumerate(student.blocks):
-        for local in student.arch.linears:
+        for local in student.arch.linears if index not in student.owners else ():
             student.install(block, local, weights[student.module_name(index, local)])
     logits = student.model(input_ids=tokens.to(student.device), use_cache=False).logits
     return tokens, logits.float().cpu()

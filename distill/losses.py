@@ -71,6 +71,19 @@ def chunked_forward_kl(
     return torch.stack(sums).sum()
 
 
+def chunked_cross_entropy(hidden: Tensor, head: Head, targets: Tensor, chunk: int = 256) -> Tensor:
+    """Sum over tokens of -ln q(target), in nats: like :func:`chunked_forward_kl`, never the logits of more than ``chunk`` tokens.
+
+    hidden: (tokens, d), differentiable. targets: (tokens,) int64. Returns a scalar, float32 or float64.
+    """
+
+    def chunk_sum(rows: Tensor, wanted: Tensor) -> Tensor:
+        return -_log_softmax(head(rows), 1.0).gather(1, wanted.unsqueeze(1)).sum()
+
+    rows = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.stack([checkpoint(chunk_sum, *pair, use_reentrant=False, preserve_rng_state=False) for pair in rows]).sum()
+
+
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return torch.log_softmax(wide / temperature, dim=-1)

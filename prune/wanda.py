@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from compress.passes import Needs, Taxon
-from compress.prune.masks import Pruner
+from compress.prune.masks import Pruner, wanda_scores
 from compress.stats import LinearStats
 
 
@@ -19,6 +19,4 @@ class Wanda(Pruner):
     needs: ClassVar[Needs] = Needs(frozenset({"sqnorm"}))
 
     def scores(self, weight: Tensor, stats: LinearStats) -> Tensor:
-        if stats.n == 0:  # no token came by (an idle expert, say): magnitude is all that is known
-            return weight.abs()
-        return weight.abs() * (stats.sqnorm / stats.n).sqrt()
+        return wanda_scores(weight, stats)

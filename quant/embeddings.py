@@ -7,7 +7,7 @@ matter, and the head's inputs are the same for all of its rows.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -44,7 +44,7 @@ class Embeddings(ModelPass):
     def _whole_row(cls, value: object) -> object:
         return None if value in (-1, "-1") else value
 
-    def surgery(self, model: Skeleton) -> Surgery:
+    def surgery(self, model: Skeleton, found: Any = None) -> Surgery:
         name = f"{model.arch.embeddings[0]}.weight"
         embedding = model.model.get_submodule(model.arch.embeddings[0])
         if type(embedding) is not nn.Embedding and not hasattr(embedding, "scalar_embed_scale"):
@@ -61,7 +61,7 @@ class Embeddings(ModelPass):
         def outer(tensors: dict[str, Tensor]) -> dict[str, Tensor | Weight]:
             return tensors | {each: self.round(tensors[each], each == name, native) for each, native in names.items()}
 
-        return Surgery(outer=outer, block=lambda index, weights, others: (weights, others), tables=meta)
+        return Surgery(outer=outer, tables=meta)
 
     def _own_head(self, model: Skeleton) -> str | None:
         head = model.model.get_output_embeddings()

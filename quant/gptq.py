@@ -1,9 +1,5 @@
 """GPTQ: round one input at a time and let the inputs not yet rounded make up for the error, by the inverse Hessian of
-the layer's output error (Frantar et al., 2210.17323).
-
-The published code updates blocks of 128 inputs lazily. Here the inputs are halved recursively, which gives the same
-numbers from matrix products that are large at every scale, and leaves no block size to choose.
-"""
+the layer's output error (Frantar et al., 2210.17323)."""
 
 from __future__ import annotations
 
@@ -17,10 +13,9 @@ from torch import Tensor
 from compress.passes import Needs, Taxon
 from compress.quant.grids import Grid, Quantizer, code_range, effective_group_size, fit_grid
 from compress.quant.hessian import Plan, make_plan
+from compress.quant.sweep import InputSweep
 from compress.stats import LinearStats
 from compress.weights import Weight
-
-_LEAF = 32  # inputs that are handled one by one, below which matrix products no longer pay
 
 
 class GPTQ(Quantizer):
@@ -68,7 +63,7 @@ class GPTQ(Quantizer):
         return self.wrap(codes, sweep.grid(dtype), mask)
 
 
-class Sweep:
+class Sweep(InputSweep):
     """One pass over the inputs of a matrix, rounding each and spreading its error over those to come.
 
     work: (in, out), the weights in the plan's order, transposed so that an input's weights are contiguous; overwritten
@@ -78,31 +73,18 @@ class Sweep:
     """
 
     def __init__(self, work: Tensor, plan: Plan, grid: Grid, refit: Callable[[Tensor], Grid] | None, kept: Tensor | None):
-        self.work, self.factor, self.refit, self.kept, self.bits = work, plan.factor, refit, kept, grid.bits
         self.codes = torch.empty_like(work, dtype=torch.int8)
         self.scales = grid.scale.T.to(work.dtype, memory_format=torch.contiguous_format, copy=True)
         self.zeros = None if grid.zero_point is None else grid.zero_point.T.to(work.dtype).contiguous()
         self.group_size = len(work) // len(self.scales)
         self.groups = (plan.order // self.group_size).tolist()
+        self.refit, self.kept, self.bits, self.rounded = refit, kept, grid.bits, torch.empty_like(work[0])
+        super().__init__(work, plan, self.codes, [] if refit is None else [(self.group_size, Sweep._fit)])
 
     def grid(self, dtype: torch.dtype) -> Grid:
         """The grid that the codes are on, its scales in ``dtype``."""
         zero_point = None if self.zeros is None else self.zeros.T.to(torch.int8).contiguous()
         return Grid(self.scales.T.to(dtype).contiguous(), zero_point, self.bits)
-
-    def run(self, start: int, stop: int) -> None:
-        """Round inputs start to stop, all of which have already been told of the errors before start."""
-        length = stop - start
-        whole = len(self.work) if self.refit is None else self.group_size
-        if self.refit is not None and length == whole:
-            self._fit(start, stop)
-        if length <= min(_LEAF, whole):
-            return self._round(start, stop)
-        unit = whole if length > whole else _LEAF
-        middle = start + max(unit, length // 2 // unit * unit)
-        self.run(start, middle)
-        self.work[middle:stop].addmm_(self.factor[start:middle, middle:stop].T, self.work[start:middle], alpha=-1)
-        self.run(middle, stop)
 
     def _fit(self, start: int, stop: int) -> None:
         assert self.refit is not None
@@ -112,22 +94,18 @@ class Sweep:
         if self.zeros is not None and grid.zero_point is not None:
             self.zeros[start // self.group_size] = grid.zero_point.squeeze(1)
 
-    def _round(self, start: int, stop: int) -> None:
+    def replace(self, index: int, weights: Tensor, result: Tensor) -> Tensor:
+        """The weights on the grid; their codes go to ``result``."""
         low, high = code_range(self.bits)
-        block, factor = self.work[start:stop], self.factor[start:stop, start:stop].unbind()
-        codes, rounded = torch.empty_like(block), torch.empty_like(block[0])
-        for j, (weights, code) in enumerate(zip(block.unbind(), codes.unbind(), strict=True)):
-            scale = self.scales[self.groups[start + j]]
-            torch.div(weights, scale, out=code).round_()
-            if self.zeros is None:
-                torch.mul(code.clamp_(low, high), scale, out=rounded)
-            else:
-                zero = self.zeros[self.groups[start + j]]
-                torch.sub(code.add_(zero).clamp_(low, high), zero, out=rounded).mul_(scale)
-            self.adjust(start + j, weights, code, rounded)
-            weights.sub_(rounded)
-            block[j + 1 :].addr_(factor[j][j + 1 :], weights, alpha=-1)
-        self.codes[start:stop] = codes
+        scale = self.scales[self.groups[index]]
+        torch.div(weights, scale, out=result).round_()
+        if self.zeros is None:
+            torch.mul(result.clamp_(low, high), scale, out=self.rounded)
+        else:
+            zero = self.zeros[self.groups[index]]
+            torch.sub(result.add_(zero).clamp_(low, high), zero, out=self.rounded).mul_(scale)
+        self.adjust(index, weights, result, self.rounded)
+        return self.rounded
 
     def adjust(self, index: int, weights: Tensor, code: Tensor, rounded: Tensor) -> None:
         """Have the last word, in place, on what one input's weights (out,) were rounded to, before its error is spread."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.loader import spread
+from compress.stored_layers import spread
 
 _ROWS = {
     3: "3 3 3 7",

@@ -7,7 +7,6 @@ Long contexts spend more memory on the cache than on weights. The weights stay a
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,10 +17,9 @@ from compress.activations import CACHE_SCALES, Range, cached_attention, intercep
 from compress.errors import BadInput
 from compress.passes import ModelPass, Taxon
 from compress.skeleton import Skeleton
-from compress.stream import Stream
 from compress.surgery import Surgery
+from compress.walk import Walk
 from compress.weights import Weight
-from compress.writer import BlockStore
 
 
 class KVCache(ModelPass):
@@ -63,63 +61,56 @@ class KVCache(ModelPass):
         kind = "float" if self.numbers.is_float else "int"
         return {"num_bits": self.bits, "type": kind, "symmetric": True, "dynamic": self.per_token, **scales}
 
-    def surgery(self, model: Skeleton) -> Surgery:
+    @property
+    def measures(self) -> bool:
+        return not self.per_token
+
+    def measure(self, walk: Walk) -> list[dict[str, float]]:
+        """The largest magnitudes of each block's keys and values."""
+        names, found = self._attentions(walk.skeleton), []
+        for block, _, _ in walk.blocks():
+            largest = {key: torch.zeros(1) for key in CACHE_SCALES}
+            handle = intercept(block.module.get_submodule(names[block.index]), partial(_record, largest))
+            for rows in block.batches(walk.batch):
+                block.run(rows)
+            handle.remove()
+            found.append({key: float(value) for key, value in largest.items()})
+        return found
+
+    def _attentions(self, model: Skeleton) -> list[str]:
+        """The name of each block's attention module."""
+        if model.owners:
+            raise BadInput(
+                f"{self.method()}: compressed-tensors cannot round the KV cache of blocks that share their layers: leave one of "
+                "the two out"
+            )
         names = [cached_attention(block) for block in model.blocks]
-        config = model.checkpoint.config
-        if not (all(len(found) == 1 for found in names) and hasattr(config, "num_key_value_heads")):
+        if not (all(len(found) == 1 for found in names) and hasattr(model.checkpoint.config, "num_key_value_heads")):
             raise BadInput(
                 f"{self.method()}: compressed-tensors, which readers round the cache by, does not know the attention of "
                 f"{model.checkpoint.base_model_type} models"
             )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        scales: dict[int, dict[str, Tensor]] = {}
+        return [found[0] for found in names]
 
-        def measure(tokens: Tensor, directory: Path) -> None:
-            scales.update(enumerate(_Ranges(model, tokens, BlockStore(directory / "ranges"), directory).find(names)))
+    def surgery(self, model: Skeleton, found: Any = None) -> Surgery:
+        names = self._attentions(model)
+        config = model.checkpoint.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
         def block(index: int, weights: dict[str, Weight], others: dict[str, Tensor]) -> tuple[dict, dict]:
-            prefix = f"{names[index][0]}."
+            prefix = f"{names[index]}."
             kept = {name: value for name, value in others.items() if name.removeprefix(prefix) not in CACHE_SCALES.values()}
             dtype = next(value.dtype for value in kept.values() if value.is_floating_point())
-            for key, largest in ({} if self.per_token else scales[index]).items():
-                scale = (largest / self.numbers.half).to(dtype)
+            for key, largest in ({} if self.per_token else found[index]).items():
+                scale = (torch.full((1,), largest) / self.numbers.half).to(dtype)
                 kept[prefix + CACHE_SCALES[key]] = scale.clamp_min(torch.finfo(dtype).tiny)
             return weights, kept
 
         added = {
-            f"{model.module_name(index, found[0])}.{scale}": torch.empty(1, device="meta")
-            for index, found in enumerate(names) for scale in CACHE_SCALES.values() if not self.per_token
+            f"{model.module_name(index, name)}.{scale}": torch.empty(1, device="meta")
+            for index, name in enumerate(names) for scale in CACHE_SCALES.values() if not self.per_token
         }  # fmt: skip
-        return Surgery(
-            outer=lambda tensors: tensors, block=block, added=added, cache=self.scheme(head_dim),
-            measure=None if self.per_token else measure,
-        )  # fmt: skip
-
-
-class _Ranges(Stream):
-    """A stream that changes nothing, and looks at what would be cached."""
-
-    def __init__(self, skeleton: Skeleton, tokens: Tensor, store: BlockStore, scratch: Path):
-        super().__init__(skeleton, [], tokens, store, scratch)
-        self.tokens = tokens
-
-    @torch.no_grad()
-    def find(self, names: list[list[str]]) -> list[dict[str, Tensor]]:
-        """The largest magnitudes of each block's keys and values, (1,) float32."""
-        self._start_activations()
-        assert self.activations is not None
-        found = []
-        for index, block in enumerate(self.skeleton.blocks):
-            largest = {key: torch.zeros(1) for key in CACHE_SCALES}
-            self.skeleton.load_block(index, self.skeleton.read_weights(index))
-            self.skeleton.block_arguments = self.calls
-            handle = intercept(block.get_submodule(names[index][0]), partial(_record, largest))
-            for rows in self.activations.split(self.batch):
-                rows.copy_(self.skeleton.run_block(index, rows))
-            handle.remove()
-            self.skeleton.free_block(index)
-            found.append(largest)
-        return found
+        return Surgery(block=block, added=added, cache=self.scheme(head_dim))
 
 
 def _record(largest: dict[str, Tensor], which: str, x: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ class Mixed(StreamPass):
     taxon: ClassVar[Taxon] = Taxon.WEIGHT_ONLY
     paper: ClassVar[str] = "1911.03852"
     needs: ClassVar[Needs] = Needs(frozenset({"hessian"}))
-    surveys: ClassVar[bool] = True
 
     bits: float = Field(3.2, ge=2, le=8, description="average true bits per weight, scales counted")
     choices: tuple[int, ...] = Field((2, 3, 4, 5, 6, 8), description="bits to choose from")
@@ -41,6 +40,10 @@ class Mixed(StreamPass):
     @classmethod
     def _choices_from_text(cls, value: object) -> object:
         return tuple(str(value).split("+")) if isinstance(value, str | int) else value
+
+    @property
+    def surveys(self) -> Needs:
+        return self.needs._replace(inputs=True)
 
     def candidates(self) -> list[LinearPass]:
         """The quantizers to choose from, coarsest first."""

@@ -187,15 +187,18 @@ def make_pass() -> Callable:
 
 @pytest.fixture(scope="session")
 def make_chain(make_pass: Callable) -> Callable[..., list]:
-    """``make_chain(method key, **settings)``: what a run of that method takes; a correction follows a quantizer."""
+    """``make_chain(method key, **settings)``: what a run of that method takes; a correction follows a quantizer or a
+    pruner, and what stores zeros a pruner."""
     from compress import methods
-    from compress.passes import CorrectionPass
+    from compress.passes import CorrectionPass, StoragePass
 
     def make(key: str, **settings) -> list:
-        if not issubclass(methods.get(key), CorrectionPass):
+        if not issubclass(methods.get(key), CorrectionPass | StoragePass):
             return [make_pass(key, **settings)]
         same_layers = {name: value for name, value in settings.items() if name in ("targets", "skip")}
-        return [make_pass("rtn", **same_layers), make_pass(key, **settings)]
+        corrects = issubclass(methods.get(key), CorrectionPass)
+        first = "wanda" if corrects and methods.get(key).moves_masks else "rtn" if corrects else "magnitude"
+        return [make_pass(first, **same_layers), make_pass(key, **settings)]
 
     return make
 

@@ -28,6 +28,12 @@ METHODS = list(methods.available())
 LINEAR = [key for key in METHODS if issubclass(methods.get(key), LinearPass)]
 FACTORISING = [key for key in LINEAR if methods.get(key).factorises]
 MODEL = [key for key in METHODS if issubclass(methods.get(key), ModelPass)]
+EACH_FORM = (
+    "gptq", "fp8", "mxfp4", "nf4", "llm_int8", "hqq", "loftq", "spqr", "quip", "embeddings", "kv_cache", "wanda", "pack",
+    "minitron", "flap", "slicegpt", "foldgpt", "shortgpt", "svd", "logit_kd",
+)  # fmt: skip
+"""A method for every form that an artifact can have. Those of the others are opened in this process by default, and in a fresh
+one by slow tests."""
 LEFT_ALONE = {"mxfp4": ("down_proj",)}  # its groups of 32 do not divide the 112 inputs of that layer here
 FIXED_BY_A_FORMAT = (
     "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_global_scale", "input_global_scale",
@@ -77,7 +83,13 @@ def results(llama, calibration, make_chain, tmp_path_factory) -> dict[str, Resul
     return OnDemand()
 
 
-@pytest.mark.parametrize("key", [pytest.param(key, marks=pytest.mark.xdist_group(key)) for key in METHODS])
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[pytest.mark.xdist_group(key), *([] if key in EACH_FORM else [pytest.mark.slow])])
+        for key in METHODS
+    ],
+)
 class TestPipeline:
     def test_artifact_opens_to_what_was_computed(self, key, results, assert_reloads):
         result = results[key]
@@ -180,7 +192,7 @@ assert AutoModelForCausalLM.from_pretrained(source).config.model_type == "compre
     assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize("passes", [["svd"], ["hqq"], ["embeddings:bits=8"]], ids=" ".join)
+@pytest.mark.parametrize("passes", [["svd"], ["hqq"], ["embeddings:bits=8"], ["slicegpt"]], ids=" ".join)
 def test_an_opened_artifact_saves_itself_with_its_code(passes, llama, run_stages, tmp_path):
     """In a process that never imports compress: opened with remote code, saved, and opened again."""
     program = """

@@ -138,6 +138,7 @@ def test_fingerprint_depends_on_every_setting(key: str):
     content = default.passes[0].model_dump(mode="json")
     assert set(content) == set(methods.get(key).model_fields)
     changes = {bool: lambda v: not v, int: lambda v: v - 1 or 2, float: lambda v: v * 0.5 or 0.5, type(None): lambda v: 5}
+    changes[list] = lambda v: [*v, "another"]
     changed = 0
     for name, value in content.items():
         change = changes.get(type(value))

@@ -5,8 +5,8 @@ import torch
 
 from compress.stats import LinearStats
 
-EVERY = ("sqnorm", "abssum", "absmax", "hessian", "covariance")
-LINEAR = ("sqnorm", "hessian", "covariance")
+EVERY = ("sum", "sqnorm", "abssum", "absmax", "hessian", "covariance")
+LINEAR = ("sum", "sqnorm", "hessian", "covariance")
 
 
 def gather(x: torch.Tensor, *wanted: str) -> LinearStats:
@@ -18,6 +18,7 @@ def gather(x: torch.Tensor, *wanted: str) -> LinearStats:
 def direct(x: torch.Tensor) -> dict[str, torch.Tensor]:
     x = x.double()
     return {
+        "sum": x.sum(0),
         "sqnorm": x.square().sum(0),
         "abssum": x.abs().sum(0),
         "absmax": x.abs().amax(0),
@@ -87,17 +88,21 @@ def test_through(n_outputs):
         gather(x, *EVERY).through(matrix).absmax  # noqa: B018
     with pytest.raises(AttributeError, match="carried"):
         gather(x, "sqnorm").through(matrix)
+    assert_equal(gather(x, "sum").through(matrix), x @ matrix.T, ["sum"])
+    with pytest.raises(AttributeError, match="carried"):
+        gather(x, "sum", "sqnorm").through(matrix)
 
 
 def test_scaled():
     x, scale = torch.randn(50, 12), torch.rand(12) + 0.5
     assert_equal(gather(x, *EVERY).scaled(scale), x / scale)
+    assert_equal(gather(x, "sum").scaled(-scale), x / -scale, ["sum"])
 
 
 def test_a_covariance_gives_the_rest():
     x = torch.randn(50, 12)
     stats = gather(x, *LINEAR)
-    assert set(stats._sums) == {"covariance"}
+    assert set(stats._sums) == {"sum", "covariance"}
     assert_equal(stats, x, LINEAR)
     assert stats.covariance.dtype == torch.float64 and stats.hessian.dtype == stats.sqnorm.dtype == torch.float32
 

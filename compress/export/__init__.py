@@ -31,6 +31,7 @@ def to(name: str, source: Path, out: Path, *, overwrite: bool = False) -> Path:
     known, (target, _, variant) = targets(), name.partition(":")
     if target not in known:
         raise BadInput(f"--to {name}: unknown format{did_you_mean(target, known)}; formats: {', '.join(known)}")
+    _check_shapes(target, source)
     _warn_of_losses(target, source)
     export = import_module(known[target]).export
     if not variant:
@@ -38,6 +39,17 @@ def to(name: str, source: Path, out: Path, *, overwrite: bool = False) -> Path:
     if "variant" not in signature(export).parameters:
         raise BadInput(f"--to {name}: {target} has no variants")
     return export(source, out, overwrite=overwrite, variant=variant)
+
+
+def _check_shapes(target: str, source: Path) -> None:
+    from compress.checkpoint import Checkpoint
+    from compress.errors import BadInput
+
+    if target != "decilm" and any(spec["kind"] != "shared" for spec in Checkpoint(source).structure.values()):
+        raise BadInput(
+            f"{source}: its blocks have shapes of their own, which {target} does not hold; --to decilm does for Llamas, and "
+            "methods with uniform=true leave all blocks alike where transformers takes the numbers"
+        )
 
 
 def _warn_of_losses(target: str, source: Path) -> None:

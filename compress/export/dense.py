@@ -1,4 +1,5 @@
-"""Write an artifact as a plain dense checkpoint: factors multiplied out, grids unpacked, masks as zeros.
+"""Write an artifact as a plain dense checkpoint: factors multiplied out, grids unpacked, masks as zeros, shared layers once for
+every block that computes with them.
 
 Every tool loads the result, and its weights are those that the artifact computes with; what is given up is the size, and the
 rounding of inputs and of the KV cache where the artifact has it.
@@ -7,7 +8,10 @@ rounding of inputs and of the KV cache where the artifact has it.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,32 +25,44 @@ from compress.writer import BlockStore, write_text
 @torch.no_grad()
 def export(source: Path, out: Path, *, overwrite: bool = False) -> Path:
     """Write the dense equivalent of ``source`` into ``out``, block by block. Raises BadInput where ``out`` exists."""
+    return write("dense", source, out, lambda model: model.checkpoint.plain_config, dense_block, overwrite=overwrite)
+
+
+def write(
+    name: str, source: Path, out: Path, config: Callable[[Skeleton], dict[str, Any]],
+    block: Callable[[Skeleton, int], dict[str, torch.Tensor]], *, overwrite: bool, code: Sequence[Path] = (),
+) -> Path:  # fmt: skip
+    """Write a checkpoint of that format block by block: config makes its ``config.json``, or raises BadInput for what does not
+    fit; block the tensors of a block, by full name. code: files that go with it."""
     checkpoint = Checkpoint(source)
     check_not_source(out, source)
     skeleton = Skeleton(checkpoint)
     skeleton.check()
-    with Workspace(out, f"dense-{checkpoint.digest}", overwrite) as workspace:
-        workspace.check_space(2 * 4 * sum(p.numel() for p in skeleton.model.parameters()))
+    described = config(skeleton)
+    with Workspace(out, f"{name}-{checkpoint.digest}", overwrite) as workspace:
+        n_numbers = sum(p.numel() for p in skeleton.model.parameters()) * len(skeleton.blocks)  # at most: shared ones come again
+        workspace.check_space(2 * 4 * n_numbers // (len(skeleton.blocks) - len(skeleton.owners)))
         store = BlockStore(workspace.directory / "blocks")
         parts = [OUTER, *(block_part(i) for i in range(len(skeleton.blocks)))]
         for index in range(len(skeleton.blocks)):
             if not store.done(block_part(index)):
-                store.write(block_part(index), _dense_block(skeleton, index), {})
+                store.write(block_part(index), block(skeleton, index), {})
         store.write(OUTER, {n: checkpoint.tensor(skeleton.outer_source(n)) for n in skeleton.outer_names()}, {})
         artifact = workspace.directory / "artifact"
         artifact.mkdir(exist_ok=True)
         store.assemble(parts, artifact)
-        write_text(artifact / "config.json", json.dumps(checkpoint.plain_config, indent=2) + "\n")
+        write_text(artifact / "config.json", json.dumps(described, indent=2) + "\n")
         checkpoint.copy_companions(artifact)
+        for file in code:
+            shutil.copyfile(file, artifact / file.name)
         workspace.publish(artifact, out)
     return out
 
 
-def _dense_block(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
+def dense_block(skeleton: Skeleton, index: int) -> dict[str, torch.Tensor]:
+    """A block's tensors by full name, as its architecture has them."""
     tensors = {}
     for local, weight in skeleton.read_weights(index).items():
         values = weight.dense()
         tensors[f"{skeleton.module_name(index, local)}.weight"] = values.T if skeleton.is_conv1d(local) else values
-    for name in skeleton.block_names(index, cache_scales=False):
-        tensors[name] = skeleton.checkpoint.tensor(skeleton.file_name(name))
-    return tensors
+    return tensors | {name: skeleton.checkpoint.tensor(source) for name, source in skeleton.own_tensors(index).items()}

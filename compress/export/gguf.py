@@ -29,10 +29,9 @@ from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, CompressError
 from compress.export.gguf_architectures import Row, add_metadata, rope_tensors, row_factor, row_of, row_order
 from compress.export.gguf_vocabulary import read_vocabulary
-from compress.loader import linear_shape
 from compress.methods import did_you_mean
 from compress.skeleton import Skeleton
-from compress.weights import Masked, Quantized, Weight
+from compress.weights import Masked, Quantized, Weight, opened
 from compress.workspace import Workspace, check_not_source
 
 log = logging.getLogger(__name__)
@@ -183,11 +182,10 @@ class _Layout:
         part = []
         for local in self.skeleton.arch.linears:
             name = self.skeleton.module_name(index, local)
-            shape = linear_shape(self.skeleton.blocks[index].get_submodule(local))
+            shape = self.skeleton.shape(index, local)
             kind = self._fitting(name, shape, self.matrices)
             part.append(Entry(self._name(f"{name}.weight"), shape, kind, partial(self._read_linear, index, local, kind)))
-        for name in self.skeleton.block_names(index, cache_scales=False):
-            source = self.skeleton.file_name(name)
+        for name, source in self.skeleton.own_tensors(index).items():
             local = name.removeprefix(f"{self.skeleton.arch.blocks}.{index}.").removesuffix(".bias")
             shape = tuple(self.checkpoint.meta(source).shape)
             part.append(Entry(self._name(name), shape, "F32", partial(self._read_plain, source, local)))
@@ -204,7 +202,7 @@ class _Layout:
         return _packed(self.gguf, source, self.checkpoint.tensor(source).float(), kind)
 
     def _read_linear(self, index: int, local: str, kind: str) -> np.ndarray:
-        weight = self.read_weights(index)[local]
+        weight = opened(self.read_weights(index)[local])
         order, factor = row_order(self.row, local, weight.shape[0], self.config), row_factor(self.row, local, self.config)
         if (packed := pack_grid(weight, kind, order, factor)) is not None:
             return packed

@@ -70,10 +70,10 @@ def survey(skeleton: Skeleton, target: str, largest_group: int) -> Survey:
     quantized: dict[str, Quantized] = {}
     prefix = skeleton.arch.blocks + "."
     dense = [n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
-    for name, weight in _layers(skeleton, target):
+    for name, own, weight in _layers(skeleton, target):
         if isinstance(weight, Quantized):
             quantized[name] = weight
-            _check_scale(name, skeleton.checkpoint.tensor(f"{name}.weight_scale"), target)
+            _check_scale(name, skeleton.checkpoint.tensor(f"{own}.weight_scale"), target)
         else:
             dense.append(name)
     if not quantized:
@@ -85,22 +85,22 @@ def survey(skeleton: Skeleton, target: str, largest_group: int) -> Survey:
     return Survey(quantized, dense, group_size, all(weight.zero_point is None for weight in quantized.values()))
 
 
-def _layers(skeleton: Skeleton, target: str) -> Iterator[tuple[str, Weight]]:
-    """Every compressible layer's name and weight, on the meta device and without its mask: a grid keeps zeros by its codes."""
+def _layers(skeleton: Skeleton, target: str) -> Iterator[tuple[str, str, Weight]]:
+    """Every compressible layer's name, the name that the source has its weight under, and the weight, on the meta device and
+    without its mask: a grid keeps zeros by its codes."""
     for index in range(len(skeleton.blocks)):
         for local in skeleton.arch.linears:
-            name = skeleton.module_name(index, local)
-            shape, conv1d = skeleton.shape(index, local), skeleton.is_conv1d(local)
-            weight = skeleton.checkpoint.weight(name, shape, conv1d=conv1d, meta=True)
+            name, own = (skeleton.module_name(number, local) for number in (index, skeleton.owner(index)))
+            weight = skeleton.read_weight(index, local, meta=True)
             weight = weight.inner if isinstance(weight, Masked) else weight
-            kind = skeleton.checkpoint.reshaped.get(name, {}).get("kind", "linear")
+            kind = skeleton.checkpoint.reshaped.get(own, {}).get("kind", "linear")
             if kind != "linear" or not isinstance(weight, Dense | Quantized):
                 what = kind if kind != "linear" else type(weight).__name__
                 raise BadInput(
                     f"{name}: a layer of kind {what} has no place in the {target} format, whose layers are single "
                     f"matrices; {_DENSE_INSTEAD}"
                 )
-            yield name, weight
+            yield name, own, weight
 
 
 def _check_scale(name: str, scale: Tensor, target: str) -> None:
@@ -215,7 +215,8 @@ def write(source: Path, out: Path, target: str, prepare: Callable[[Skeleton], Pl
     skeleton.check()
     with Workspace(out, f"{target}-{checkpoint.digest}", overwrite) as workspace:
         plan = prepare(skeleton)
-        workspace.check_space(3 * checkpoint.nbytes)  # blocks and the joined file, with room for repeated scales
+        n_blocks, n_own = len(skeleton.blocks), len(skeleton.blocks) - len(skeleton.owners)
+        workspace.check_space(3 * checkpoint.nbytes * n_blocks // n_own)  # blocks and the joined file, with room for repeats
         store = BlockStore(workspace.directory / "blocks")
         parts = [OUTER, *(block_part(i) for i in range(len(skeleton.blocks)))]
         for index in range(len(skeleton.blocks)):
@@ -234,8 +235,7 @@ def write(source: Path, out: Path, target: str, prepare: Callable[[Skeleton], Pl
 
 
 def _block(skeleton: Skeleton, index: int, plan: Plan) -> dict[str, Tensor]:
-    names = skeleton.block_names(index, cache_scales=False)
-    tensors = {name: skeleton.checkpoint.tensor(skeleton.file_name(name)) for name in names}
+    tensors = {name: skeleton.checkpoint.tensor(source) for name, source in skeleton.own_tensors(index).items()}
     for local, weight in skeleton.read_weights(index).items():
         name = skeleton.module_name(index, local)
         inner = weight.inner if isinstance(weight, Masked) else weight

@@ -6,6 +6,7 @@ factors; ``Sum((Quantized(...), LowRank(...)))`` a grid with a correction. Matri
 """
 
 from compress.weights.bilevel import Bilevel
+from compress.weights.bitmask import Bitmask, BitmaskGrid, bitmasked, opened
 from compress.weights.blockwise import Blockwise, RowInt8
 from compress.weights.composed import KINDS, Composed, LowRank, Sum, leaves, spec_of
 from compress.weights.grid import Coded, FloatQuantized, Quantized
@@ -19,6 +20,8 @@ __all__ = [
     "KINDS",
     "Affine",
     "Bilevel",
+    "Bitmask",
+    "BitmaskGrid",
     "Blockwise",
     "Coded",
     "Columns",
@@ -36,7 +39,9 @@ __all__ = [
     "Table",
     "Weight",
     "assert_structure_kept",
+    "bitmasked",
     "leaves",
+    "opened",
     "spec_of",
     "structure",
 ]

@@ -59,7 +59,7 @@ class Bilevel(PackedGrid):
 
     @classmethod
     def assemble(cls, shape, sizes, tensors, children) -> Bilevel:
-        from compress.loader import unpack_bits
+        from compress.stored_layers import unpack_bits
 
         bits, grid_shape = sizes["bits"], (shape[0], sizes["n_groups"])
         codes = unpack_bits(tensors["packed"], bits, shape[0] * shape[1]).reshape(shape)

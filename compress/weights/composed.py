@@ -58,14 +58,18 @@ class Composed(Weight):
         """The inverse of :meth:`sizes`, :meth:`tensors` and :meth:`children`. Meta tensors give a weight of such."""
 
     @property
+    def own_nbytes(self) -> int:
+        """Bytes of :meth:`tensors`, of which none is worked out."""
+        outlined = self.map(lambda tensor: tensor.to("meta"))
+        return sum(tensor.numel() * tensor.element_size() for tensor in outlined.tensors().values())
+
+    @property
     def nbytes(self) -> int:
-        own = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-        return own + sum(part.nbytes for part in self.children().values())
+        return self.own_nbytes + sum(part.nbytes for part in self.children().values())
 
     @property
     def ideal_nbytes(self) -> float:
-        own = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-        return own + sum(part.ideal_nbytes for part in self.children().values())
+        return self.own_nbytes + sum(part.ideal_nbytes for part in self.children().values())
 
     @property
     def numel(self) -> int:

@@ -60,7 +60,7 @@ class Incoherent(Composed):
 
     @classmethod
     def assemble(cls, shape, sizes, tensors, children) -> Incoherent:
-        from compress.loader import signs
+        from compress.stored_layers import signs
 
         n_outputs, n_inputs = shape
         return cls(children["inner"], signs(tensors["signs_in"], n_inputs), signs(tensors["signs_out"], n_outputs))
@@ -80,6 +80,6 @@ def carry(stats: LinearStats, signs_in: Tensor) -> LinearStats:
 
 
 def _spread(x: Tensor) -> Tensor:
-    from compress.loader import spread
+    from compress.stored_layers import spread
 
     return spread(x)

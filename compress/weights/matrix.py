@@ -120,10 +120,12 @@ class Dense(Weight):
 
 @dataclass(frozen=True)
 class Masked(Weight):
-    """A matrix some of whose entries are zero for good. inner: zero wherever kept is False; kept: (out, in) bool."""
+    """A matrix some of whose entries are zero for good. inner: zero wherever kept is False; kept: (out, in) bool.
+    n_kept: how many entries a mask on the meta device will keep, None where that is not known."""
 
     inner: Weight
     kept: Tensor
+    n_kept: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,7 +152,9 @@ class Masked(Weight):
 
     @property
     def numel(self) -> int:
-        return self.inner.numel if self.kept.is_meta else int(self.kept.sum())
+        if not self.kept.is_meta:
+            return int(self.kept.sum())
+        return self.inner.numel if self.n_kept is None else self.n_kept
 
     @property
     def mask(self) -> Tensor:

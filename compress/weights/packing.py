@@ -1,4 +1,4 @@
-"""Codes of a few bits as one stream of bytes; the inverse is in ``loader.py``, which artifacts carry with them."""
+"""Codes of a few bits as one stream of bytes; the inverse is in ``stored_layers.py``, which artifacts carry with them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     unsigned = codes.flatten().to(torch.int16) + 2 ** (bits - 1)
     n_bytes = -(-len(unsigned) * bits // 8)
     octets = pad(unsigned, (0, -len(unsigned) % 8)).view(-1, 8)
-    planes = (octets.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1  # (n, 8, bits): the bits in order
-    weights = 1 << torch.arange(8, device=codes.device)
+    shifts = torch.arange(bits, dtype=torch.int16, device=codes.device)
+    planes = (octets.unsqueeze(-1) >> shifts) & 1  # (n, 8, bits): the bits in order
+    weights = 1 << torch.arange(8, dtype=torch.int16, device=codes.device)
     return (planes.reshape(-1, 8) * weights).sum(1).to(torch.uint8)[:n_bytes]

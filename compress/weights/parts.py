@@ -175,7 +175,7 @@ class Affine(PackedGrid):
 
     @classmethod
     def assemble(cls, shape, sizes, tensors, children) -> Affine:
-        from compress.loader import unpack_bits
+        from compress.stored_layers import unpack_bits
 
         codes = unpack_bits(tensors["packed"], sizes["bits"], shape[0] * shape[1]).reshape(shape)
         return cls(codes, tensors["scale"], tensors["zero"], sizes["bits"])

@@ -38,7 +38,7 @@ class Table(PackedGrid):
 
     @classmethod
     def assemble(cls, shape, sizes, tensors, children) -> Table:
-        from compress.loader import unpack_bits
+        from compress.stored_layers import unpack_bits
 
         packed, bits = tensors["packed"], sizes["bits"]
         codes = unpack_bits(packed.flatten(), bits, packed.numel() * 8 // bits).view(len(packed), -1)

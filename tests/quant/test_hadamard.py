@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.loader import spread
 from compress.quant.hadamard import _ROWS, factors, goethals_seidel, hadamard, random_hadamard, random_signs, transform
+from compress.stored_layers import spread
 
 
 def paley(q: int) -> torch.Tensor:

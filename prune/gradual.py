@@ -1,0 +1,98 @@
+"""Gradual: prune by magnitude a little at a time while the model trains, so that it can make up for what goes and take back
+what it misses (Zhu and Gupta, 1710.01878)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from compress.distill.losses import chunked_cross_entropy, chunked_forward_kl
+from compress.passes import Needs, Signal, Taxon, TrainPass
+from compress.prune.masks import count_kept, kept_of, lowest, with_implied_sparsity
+from compress.weights import Dense, LowRank, Masked, Weight
+from compress.weights.composed import unmasked
+
+
+class Gradual(TrainPass):
+    """The sparsity rises from 0 to what is asked as ``sparsity * (1 - (1 - t)**3)``, t being the share of the way from ``start``
+    to ``end``: fast while there is much to spare. Every ``every`` steps the masks are chosen anew from all weights; removed
+    ones take no gradients, so that they stay about as they were, and can return. From ``end`` on the masks stay, for the last
+    step at the least.
+
+    A pattern N:M removes of every M what the sparsity of the moment allows. Matrices on grids are trained and not pruned:
+    quantize afterwards. See :class:`TrainPass` for the training fields.
+    """
+
+    taxon: ClassVar[Taxon] = Taxon.UNSTRUCTURED
+    paper: ClassVar[str] = "1710.01878"
+
+    sparsity: float = Field(0.5, ge=0, lt=1, description="share of the weights removed in the end; implied by a pattern N:M")
+    pattern: str = Field("tensor", description="what competes: row, tensor, or N:M (N kept of M consecutive inputs)")
+    start: float = Field(0.0, ge=0, le=1, description="share of the steps after which pruning begins")
+    end: float = Field(0.5, ge=0, le=1, description="share of the steps after which it is done")
+    every: int = Field(5, ge=1, description="steps from one choice of masks to the next")
+    objective: Literal["kl", "ce"] = Field("kl", description="kl: to the uncompressed model's predictions; ce: of the next token")
+    chunk: int = Field(256, ge=1, description="tokens whose logits exist at one time")
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        kept_of(value)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _implied_sparsity(cls, data: Any) -> Any:
+        return with_implied_sparsity(data)
+
+    @model_validator(mode="after")
+    def _starts_before_it_ends(self) -> Gradual:
+        if self.start > self.end:
+            raise ValueError(f"start={self.start:g} is later than end={self.end:g}")
+        return self
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # a constant of other methods, here it depends on a setting
+        return Needs(teacher=self.objective == "kl")
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The steps before which the first and the last masks are chosen."""
+        last = min(round(self.end * self.steps), self.steps - 1)
+        return min(round(self.start * self.steps), last), last
+
+    def sparsity_at(self, index: int) -> float:
+        """Share of the weights that are to be gone at the step of that index."""
+        first, last = self.span
+        if index >= last:
+            return self.sparsity
+        return self.sparsity * (1 - (1 - max(index - first, 0) / (last - first)) ** 3)
+
+    def choose(self, index: int, values: Tensor, mask: Tensor | None) -> Tensor | None:
+        first, last = self.span
+        if index != last and (not first < index < last or (index - first) % self.every):
+            return None
+        scores = values.abs() if mask is None else values.abs().masked_fill(~mask, -torch.inf)
+        sparsity, pattern = self.sparsity_at(index), self.pattern
+        if index < last and (kept := kept_of(pattern)) is not None:
+            pattern = f"{kept[1] - int(kept[1] * sparsity)}:{kept[1]}"
+        return lowest(scores, sparsity, pattern)
+
+    def outline(self, weight: Weight) -> Weight:
+        if isinstance(weight, LowRank):
+            return LowRank(self.outline(weight.down), self.outline(weight.up))
+        if not isinstance(inner := unmasked(weight), Dense):
+            return weight
+        n_kept = min(weight.numel, count_kept(weight.shape, self.sparsity, self.pattern))
+        return Masked(inner, torch.empty(weight.shape, dtype=torch.bool, device="meta"), n_kept)
+
+    def loss(self, student: Signal, teacher: Signal | None, targets: Tensor) -> Tensor:
+        """Mean over tokens of KL(teacher || student), or of the next token's negative log-likelihood, in nats."""
+        if self.objective == "ce":
+            return chunked_cross_entropy(student.hidden, student.head, targets, self.chunk) / targets.numel()
+        assert teacher is not None
+        total = chunked_forward_kl(student.hidden, student.head, teacher.hidden, teacher.head, chunk=self.chunk)
+        return total / targets.numel()
