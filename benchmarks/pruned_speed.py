@@ -42,13 +42,14 @@ SHAPE: dict[str, Any] = {
 PROMPT, NEW_TOKENS = 512, 24
 
 
-def make_dense(directory: Path) -> Path:
-    """A random checkpoint with the bundled model's tokenizer."""
+def make_dense(directory: Path, **changes: int) -> Path:
+    """A random checkpoint of that shape, but for ``changes``, with the bundled model's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE, vocab_size=len(tokenizer))).save_pretrained(directory)
+    config = AutoConfig.for_model(**SHAPE | changes, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
