@@ -7,21 +7,22 @@ the logits from the last block's output. So no architecture's forward is written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.activations import CACHE_SCALES, round_cache, round_inputs
+from compress.activations import CACHE_SCALES, round_cache
 from compress.arch import Architecture
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, explain
 from compress.export import layers
-from compress.loader import LowRankLinear, linear_shape, reshape_module, restructure
-from compress.weights import Coded, Composed, Weight, opened, spec_of
-from compress.weights.composed import settled, unmasked
+from compress.filling import assign, bias_holder, compute_by, fill_linear
+from compress.loader import linear_shape, reshape_module, restructure
+from compress.weights import Weight, opened, spec_of
+from compress.weights.composed import settled
 
 
 class _Probe(nn.Module):
@@ -217,15 +218,15 @@ class Skeleton:
             self.set_other(block, name, tensor)
         for name, buffer in block.named_buffers():
             if buffer.device != self.device and not buffer.is_meta:
-                _assign(block, name, buffer.to(self.device), False)
+                assign(block, name, buffer.to(self.device), False)
         return block.eval()
 
     def set_other(self, block: nn.Module, name: str, tensor: Tensor) -> None:
         """Give a norm, a bias or a buffer of a block its value."""
         tensor = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
         owner, _, leaf = name.rpartition(".")
-        module = _bias_holder(block.get_submodule(owner)) if leaf == "bias" else block.get_submodule(owner)
-        _assign(module, leaf, tensor, leaf not in module._buffers)
+        module = bias_holder(block.get_submodule(owner)) if leaf == "bias" else block.get_submodule(owner)
+        assign(module, leaf, tensor, leaf not in module._buffers)
 
     def norm_adds_one(self, norm: nn.Module) -> bool:
         """Whether that norm multiplies by one plus its weight, as Gemma's do."""
@@ -241,7 +242,7 @@ class Skeleton:
             with torch.device("meta"):
                 module = reshape_module(module, spec)
             if bias is not None:
-                _bias_holder(module).bias = bias
+                bias_holder(module).bias = bias
             block.set_submodule(local, module)
         fill_linear(module, weight, self.device, self.dtype)
 
@@ -270,11 +271,11 @@ class Skeleton:
     def _fill_outer(self) -> None:
         for name in self.outer_names():
             filled = self.checkpoint.tensor(self.outer_source(name), self.dtype).to(self.device)
-            _assign(self.model, name, filled, isinstance(self._outer(name), nn.Parameter))
+            assign(self.model, name, filled, isinstance(self._outer(name), nn.Parameter))
         self.model.tie_weights()
         for name, buffer in self.model.named_buffers():
             if not buffer.is_meta and buffer.device != self.device:
-                _assign(self.model, name, buffer.to(self.device), False)
+                assign(self.model, name, buffer.to(self.device), False)
 
     @contextmanager
     def _probing(self) -> Iterator[list[_Probe]]:
@@ -290,7 +291,7 @@ class Skeleton:
             for index, block in enumerate(originals):
                 self.blocks[index] = block
             for name, tensor in empty.items():
-                _assign(self.model, name, tensor, isinstance(tensor, nn.Parameter))
+                assign(self.model, name, tensor, isinstance(tensor, nn.Parameter))
             self.model.tie_weights()
 
     def _outer(self, name: str) -> Tensor:
@@ -358,44 +359,3 @@ def build_empty(checkpoint: Checkpoint) -> Any:
         raise BadInput(f"{checkpoint.path}: transformers cannot build the model of its config.json: {explain(error)}") from None
     model.tie_weights()
     return model.eval()
-
-
-def fill_linear(module: nn.Module, weight: Weight, device: torch.device | str, dtype: torch.dtype) -> None:
-    """Set a linear module's tensors to what a reader of the artifact would compute with, and let it round its inputs so."""
-    weight = unmasked(weight)
-    if isinstance(weight, Composed):
-        for name, tensor in weight.tensors().items():
-            value = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-            _assign(module, name, value, name in module._parameters)
-        for name, part in weight.children().items():
-            fill_linear(module.get_submodule(name), part, device, dtype)
-        return
-    on_device = weight.map(lambda tensor: tensor.to(device))
-    values = on_device.dense(dtype)
-    values = values.T if type(module).__name__ == "Conv1D" else values
-    # In the layout of a file, so that a block computes the same bits whether it was just compressed or is read back.
-    _assign(module, "weight", values.contiguous(), True)
-    round_inputs(module, weight.inputs if isinstance(weight, Coded) else None)
-    compute_by(module, on_device.layer(dtype) if isinstance(on_device, Coded) else None)
-
-
-def compute_by(module: Any, function: Callable[[Tensor, Tensor | None], Tensor] | None) -> None:
-    """Let a linear module compute ``function(inputs, bias)`` while it has the matrix that it has now; None: let it be."""
-    module.__dict__.pop("forward", None)
-    if function is not None:
-        matrix, own = module.weight, module.forward
-        module.forward = lambda x: function(x, module.bias) if module.weight is matrix else own(x)
-
-
-def _bias_holder(module: Any) -> Any:
-    """The module that adds a layer's bias: of a low-rank layer its last factor."""
-    return _bias_holder(module.up) if isinstance(module, LowRankLinear) else module
-
-
-def _assign(module: nn.Module, name: str, tensor: Tensor, is_parameter: bool) -> None:
-    parent_name, _, leaf = name.rpartition(".")
-    parent = module.get_submodule(parent_name)
-    if is_parameter:
-        setattr(parent, leaf, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False))
-    else:
-        parent._buffers[leaf] = tensor

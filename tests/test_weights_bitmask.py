@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from compress.export import layers
+from compress.filling import fill_linear
 from compress.loader import build
 from compress.quant.hqq import HQQ
 from compress.quant.rtn import RTN
-from compress.skeleton import fill_linear
 from compress.stats import LinearStats
 from compress.stored_layers import BitmaskLinear, bits_of
 from compress.weights import (

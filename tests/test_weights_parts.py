@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import linear
 
 from compress.export import layers
+from compress.filling import fill_linear
 from compress.loader import build
 from compress.quant.rtn import RTN
-from compress.skeleton import fill_linear
 from compress.stats import LinearStats
 from compress.stored_layers import unpack_bits
 from compress.weights import (

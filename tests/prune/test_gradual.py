@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from compress.distill.losses import chunked_cross_entropy
 from compress.errors import BadInput
+from compress.filling import fill_linear
 from compress.loader import build
 from compress.pipeline import plan
 from compress.prune.gradual import Gradual
 from compress.recipe import Recipe
-from compress.skeleton import fill_linear
 from compress.train import TrainResult, train
 from compress.weights import Dense, LowRank, Masked, Quantized, Weight, spec_of
 

@@ -6,13 +6,13 @@ from torch import nn
 
 from compress.apply import apply, outline
 from compress.export.layers import Source, read_weight, tensors
+from compress.filling import fill_linear
 from compress.loader import build
 from compress.prune.magnitude import Magnitude
 from compress.prune.wanda import Wanda
 from compress.quant.gptq import GPTQ
 from compress.quant.quip import QuIP
 from compress.quant.rtn import RTN
-from compress.skeleton import fill_linear
 from compress.stats import LinearStats
 from compress.stored_layers import spread
 from compress.weights import Dense, Incoherent, LowRank, Masked, Quantized, assert_structure_kept, spec_of, structure

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from compress.apply import apply, outline
 from compress.export.layers import Source, read_weight, tensors
+from compress.filling import fill_linear
 from compress.loader import build
 from compress.prune.magnitude import Magnitude
 from compress.quant.bilevel import bilevel_scale, fit_bilevel, leave_one_out_gain
@@ -14,7 +15,6 @@ from compress.quant.gptq import GPTQ
 from compress.quant.grids import Grid, dequantize, fit_grid, quantize
 from compress.quant.rtn import RTN
 from compress.quant.spqr import SpQR
-from compress.skeleton import fill_linear
 from compress.stats import LinearStats
 from compress.weights import Bilevel, Dense, Masked, Outliers, Quantized, Sum, Weight, assert_structure_kept, spec_of, structure
 from compress.weights.composed import unmasked
