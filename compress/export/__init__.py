@@ -45,7 +45,13 @@ def _check_shapes(target: str, source: Path) -> None:
     from compress.checkpoint import Checkpoint
     from compress.errors import BadInput
 
-    if target != "decilm" and any(spec["kind"] != "shared" for spec in Checkpoint(source).structure.values()):
+    kinds = {spec["kind"] for spec in Checkpoint(source).structure.values()}
+    if "shortcut" in kinds:
+        raise BadInput(
+            f"{source}: its residual stream changes its basis between layers, which no other format holds; slicegpt with "
+            "shared=true keeps one basis, and leaves an ordinary model"
+        )
+    if target != "decilm" and kinds - {"shared"}:
         raise BadInput(
             f"{source}: its blocks have shapes of their own, which {target} does not hold; --to decilm does for Llamas, and "
             "methods with uniform=true leave all blocks alike where transformers takes the numbers"
