@@ -156,7 +156,7 @@ def tabulate(description: str | None, select: Chains, results: Path, marks: tupl
     protocol = (
         f"Bundled checkpoint, perplexity {base:.2f} per token before; {len(chosen.tokens)} held-out windows and "
         f"{options.samples} calibration windows of {length} tokens of bundled text, float32, seed 0, "
-        f"{options.threads} threads of a CPU."
+        f"{options.threads} thread{'s' * (options.threads > 1)} of a CPU."
     )
     results.write_text(json.dumps({"protocol": protocol, "rows": rows}, indent=1) + "\n")
     table = draw(rows, protocol)
