@@ -48,7 +48,7 @@ WIDTHS = ("minitron", "llm_pruner", "flap")
 """What removes neurons and heads, from the inputs of layers too."""
 QUANTIZERS = {key for key, method in METHODS.items() if "compress.quant" in method.__module__ and key not in ROTATABLE}
 QUANTIZERS -= {"quarot", "embeddings"}
-FACTORISING = {key for key in METHODS if key in ("svd", "svd_llm")}
+FACTORISING = {key for key, method in METHODS.items() if getattr(method, "factorises", False)}
 
 LINEAR = [key for key, method in METHODS.items() if issubclass(method, LinearPass)]
 
