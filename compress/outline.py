@@ -9,8 +9,9 @@ from torch import Tensor
 from compress.apply import outline
 from compress.errors import BadInput
 from compress.export import layers
-from compress.passes import BlockPass, ModelPass, Pass, StreamPass, TrainPass
+from compress.passes import BlockPass, ModelPass, Pass, StreamPass
 from compress.skeleton import Skeleton
+from compress.train_pass import TrainPass
 from compress.weights import Coded, Composed, Weight, opened, spec_of
 from compress.weights.composed import unmasked
 

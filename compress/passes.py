@@ -7,13 +7,12 @@ and maps tensors to tensors, and the engine (``stream.py``, ``train.py``) does t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from torch import Tensor
 
 from compress.weights import Dense, Masked, Weight
@@ -44,7 +43,9 @@ class Needs(NamedTuple):
     """What a pass asks the engine for, before any compute.
 
     stats: names of :class:`compress.stats.LinearStats` sums ("sum", "sqnorm", "absmax", "hessian", "covariance", ...).
-    teacher: whether a :class:`TrainPass` is given the logits of the uncompressed model.
+    teacher: whether a training pass is given the signal of the uncompressed model, and whether a block pass's ``reference`` is
+    of that model, and not of what the stage began with.
+    states: whether the signals of a training pass hold what enters every block.
     inputs: whether a :class:`BlockPass`, or a survey's ``effect``, is given the calibration activations that enter the block.
     reference: whether it is also given what the block put out before the stage, for inputs that no earlier block changed.
     """
@@ -53,6 +54,7 @@ class Needs(NamedTuple):
     teacher: bool = False
     inputs: bool = False
     reference: bool = False
+    states: bool = False
 
 
 class Pass(BaseModel):
@@ -95,6 +97,10 @@ def format_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: tuple(value.split("+")) if isinstance(value, str) else value)]
+"""Shell patterns over the names of linear layers, in text joined by ``+``."""
+
+
 class StreamPass(Pass):
     """A pass that the block loop applies: to one linear layer at a time, or to a block as a whole.
 
@@ -102,13 +108,8 @@ class StreamPass(Pass):
     a layer is compressed when a target matches and no skip does.
     """
 
-    targets: tuple[str, ...] = ("*",)
-    skip: tuple[str, ...] = ("lm_head",)
-
-    @field_validator("targets", "skip", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return tuple(value.split("+")) if isinstance(value, str) else value
+    targets: Patterns = ("*",)
+    skip: Patterns = ("lm_head",)
 
     @property
     def surveys(self) -> Needs | None:
@@ -123,7 +124,7 @@ class StreamPass(Pass):
 
     def matches(self, name: str) -> bool:
         """Whether this pass compresses the linear layer of that full name."""
-        return _matches_any(name, self.targets) and not _matches_any(name, self.skip)
+        return matches_any(name, self.targets) and not matches_any(name, self.skip)
 
     def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
         """What a matrix will become, with meta tensors of the right shapes and dtypes: `plan` sizes it unseen.
@@ -232,77 +233,6 @@ class ModelPass(Pass):
         raise NotImplementedError(type(self).__name__)
 
 
-class Signal(NamedTuple):
-    """What a model says about a batch, before its logits exist: they are big, and a loss computes them piece by piece.
-
-    hidden: (tokens, d) final hidden states. head: hidden states to logits, (tokens, d) -> (tokens, vocabulary).
-    """
-
-    hidden: Tensor
-    head: Callable[[Tensor], Tensor]
-
-
-class TrainPass(Pass):
-    """A pass that trains what is left of the model: a loss; ``train.py`` runs the loop. It may remove weights on the way.
-
-    steps: optimiser steps (AdamW). batch_size: sequences per step.
-    accumulate: equal parts in which a step's batch is computed, one after the other, to fit in memory.
-    length: tokens per sequence; None: the calibration's. data: what to train on, named as calibration data is; None: the
-    calibration's.
-    learning_rate: peak of a cosine schedule that is reached after ``warmup`` of the steps. A weight moves by about this
-    much a step; the scale of a b-bit grid by 2**(1-b) of it, because the largest code multiplies the move.
-    weight_decay: of dense matrices and factors only. gradient_clip: largest norm of all gradients together.
-    trains: "weights": the blocks' linear layers in the form they have (kept values, factors, scales of grids; masks,
-    ranks, codes and zero points stay); "blocks": norms and biases too; "everything": embeddings and output head too.
-    """
-
-    steps: int = Field(200, ge=1, description="optimiser steps")
-    batch_size: int = Field(8, ge=1, description="sequences per step")
-    accumulate: int = Field(1, ge=1, description="parts in which a step's batch is computed")
-    length: int | None = Field(None, ge=2, description="tokens per sequence; none: the calibration's")
-    data: str | None = Field(None, description="text to train on; none: the calibration's")
-    learning_rate: float = Field(1e-4, gt=0, description="peak, followed by half a cosine")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0, description="of matrices and factors")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of all gradients together")
-    trains: Literal["weights", "blocks", "everything"] = Field(
-        "blocks", description="weights: linear layers; blocks: norms and biases too; everything: embeddings and head too"
-    )
-
-    @model_validator(mode="after")
-    def _parts_are_equal(self) -> TrainPass:
-        if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
-        return self
-
-    def outline(self, weight: Weight) -> Weight:
-        """What a linear layer, a weight of meta tensors, will become. Raises ValueError where it cannot be handled."""
-        return weight
-
-    def choose(self, index: int, values: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Which entries of a matrix take part in training from the step with that index on: a mask (out, in) bool, or None
-        where nothing changes. Asked before every step, for every matrix and factor that is not on a grid.
-
-        values: (out, in) float32, as trained by now; an entry that is left out takes no gradient, but is still there. mask: that
-        of earlier passes, None where they removed nothing; what it removed stays removed. The last choice is the result's mask.
-        """
-        return None
-
-    def learning_rate_at(self, index: int) -> float:
-        """Learning rate of the step with that index: a linear warm-up to the peak, then half a cosine towards 0."""
-        n_warmup = int(self.warmup * self.steps)
-        if index < n_warmup:
-            return self.learning_rate * (index + 1) / n_warmup
-        return self.learning_rate * (1 + math.cos(math.pi * (index - n_warmup) / (self.steps - n_warmup))) / 2
-
-    def loss(self, student: Signal, teacher: Signal | None, targets: Tensor) -> Tensor:
-        """The scalar to minimise: a mean over the tokens of one part of a batch.
-
-        student, teacher: their signals at the same tokens; only the student's takes gradients, and the teacher's is
-        None unless ``needs`` asks for it. targets: (tokens,) int64, the token that follows each.
-        """
-        raise NotImplementedError(type(self).__name__)
-
-
-def _matches_any(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a full name, or the last part of it, is like one of the shell patterns."""
     return any(fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern) for pattern in patterns)

@@ -24,7 +24,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, GateMissed
 from compress.gates import Gates
 from compress.manifest import Manifest, Step, installed_versions
-from compress.passes import Pass, StreamPass, TrainPass
+from compress.passes import Pass, StreamPass
 from compress.plan import Plan, make_plan
 from compress.progress import Progress, silent
 from compress.recipe import Calibration, Evaluation, Recipe
@@ -32,6 +32,7 @@ from compress.records import Streamed
 from compress.skeleton import Skeleton
 from compress.stages import group, run_stage
 from compress.stream import check_targets
+from compress.train_pass import TrainPass
 from compress.verify import Verification, save_probe, verify
 from compress.workspace import Workspace, check_not_source, check_output
 from compress.writer import BlockStore, write_text

@@ -17,9 +17,10 @@ from compress.errors import BadInput
 from compress.export import layers
 from compress.loader import linear_shape
 from compress.outline import Outline
-from compress.passes import Pass, StreamPass, TrainPass
+from compress.passes import Pass, StreamPass
 from compress.records import grids
 from compress.skeleton import Skeleton
+from compress.train_pass import TrainPass
 from compress.weights import Coded, Composed, Weight
 from compress.weights.composed import settled, unmasked
 

@@ -10,13 +10,14 @@ import torch
 from compress.calibration import Windows
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
-from compress.passes import CorrectionPass, ModelPass, Pass, StreamPass, TrainPass
+from compress.passes import CorrectionPass, ModelPass, Pass, StreamPass
 from compress.progress import Progress
 from compress.records import Streamed
 from compress.skeleton import Skeleton
 from compress.stream import Stream
 from compress.surgery import operate
 from compress.survey import allocations
+from compress.train_pass import TrainPass
 from compress.training_stage import train_stage
 from compress.writer import BlockStore
 
@@ -60,5 +61,9 @@ def run_stage(
     skeleton = Skeleton(source, device, dtype)
     passes = [step for step in stage if isinstance(step, StreamPass)]
     allotted = allocations(skeleton, passes, chosen.tokens, directory, progress)
-    stream = Stream(skeleton, passes, chosen.tokens, store, directory, progress=progress, allocations=allotted)
+    teaches = source is not original and any(step.needs.teacher for step in passes)
+    stream = Stream(
+        skeleton, passes, chosen.tokens, store, directory, progress=progress, allocations=allotted,
+        original=Skeleton(original, device, dtype) if teaches else None,
+    )  # fmt: skip
     return skeleton, stream.run()

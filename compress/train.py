@@ -32,9 +32,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from compress.errors import BadInput, CompressError
-from compress.passes import Signal, TrainPass
 from compress.progress import Progress
-from compress.trainable import TrainableLinear, trainable_layers, write_back
+from compress.rollouts import Rollouts
+from compress.train_pass import Batch, Signal, TrainPass
+from compress.trainable import TrainableFactors, TrainableLinear, trainable_layers, write_back
 from compress.weights import Weight
 from compress.writer import save_tensors
 
@@ -65,6 +66,7 @@ def train(
     directory: Path,
     progress: Progress,
     save_every: int = 50,
+    counted: Tensor | None = None,
 ) -> TrainResult:
     """Train a compressed model.
 
@@ -73,7 +75,8 @@ def train(
     trained parameters their new values, in their own dtypes. weights: the representation of each linear layer by the
     full name of its module: an nn.Linear, a Conv1D, or for a low-rank weight a module with ``down`` and ``up``.
     teacher: the uncompressed model, given back unchanged; None where the pass does not need one.
-    tokens: (n, length) int64; sequences are drawn without replacement, permutation after permutation.
+    tokens: (n, length) int64; sequences are drawn without replacement, permutation after permutation. counted: of the same
+    shape, bool, the tokens that are to be predicted; None: all of them, but for the first of each sequence.
     device: "cpu", "cuda", ...; of several processes (accelerate launch) each takes its own, and a share of the batches.
     directory: the state is saved there every ``save_every`` steps; a rerun with equal arguments resumes from it, and
     after the last step returns at once. The caller deletes it.
@@ -96,7 +99,8 @@ def train(
         if teacher is not None:
             stack.enter_context(_borrowed(teacher, place))
             _check_head(teacher, tokens[:1, :8].to(place))
-        history = _run(accelerator, _Objective(student, teacher, step), tokens, seed, state, progress)
+        objective = _Objective(student, teacher, step, tokens[:1, :8].to(place))
+        history = _run(accelerator, objective, Batch(tokens, counted), seed, state, progress)
         trained = {name: layer.trained() for name, layer in layers.items()}
     for name, weight in trained.items():
         write_back(student.get_submodule(name), weight, layers[name].bias)
@@ -126,29 +130,42 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 class _Objective(nn.Module):
-    """Tokens (batch, length) -> the loss of predicting tokens 2, 3, ...: one module, so that processes can share it."""
+    """A batch -> the loss of predicting its tokens: one module, so that processes can share it.
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, step: TrainPass):
+    tokens: (1, length), any, to see by how wide the models are.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, step: TrainPass, tokens: Tensor):
         super().__init__()
         self.student, self.teacher, self.step = student, teacher, step
+        with torch.no_grad():
+            self.aids = step.aids(*(self._widths(model, tokens) for model in (student, teacher)))
+        if self.aids is not None:
+            self.aids.to(tokens.device)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        teacher_signal = None
+    def _widths(self, model: PreTrainedModel | None, tokens: Tensor) -> tuple[int, ...]:
+        if model is None or not self.step.needs.states:
+            return ()
+        return tuple(state.shape[-1] for state in _signal(model, Batch(tokens), states=True).states)
+
+    def forward(self, batch: Batch) -> Tensor:
+        states, teacher_signal = self.step.needs.states, None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher_signal = _signal(self.teacher, tokens)
-        return self.step.loss(_signal(self.student, tokens), teacher_signal, tokens[:, 1:].flatten())
+                teacher_signal = _signal(self.teacher, batch, states)
+        return self.step.loss(_signal(self.student, batch, states), teacher_signal, batch._replace(aids=self.aids))
 
 
-def _signal(model: PreTrainedModel, tokens: Tensor) -> Signal:
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-    return Signal(hidden[:, :-1].flatten(0, 1), head_of(model))
+def _signal(model: PreTrainedModel, batch: Batch, states: bool = False) -> Signal:
+    output = model.get_decoder()(input_ids=batch.tokens, use_cache=False, output_hidden_states=states)
+    hidden = batch.before_predicted(output.last_hidden_state)
+    return Signal(hidden, head_of(model), tuple(map(batch.before_predicted, output.hidden_states)) if states else ())
 
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
     """Raise BadInput unless the hidden states and the head that training uses give the model's own logits."""
-    signal = _signal(model, tokens)
+    signal = _signal(model, Batch(tokens))
     ours = signal.head(signal.hidden).float()
     theirs = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     if not torch.allclose(ours, theirs, rtol=0, atol=0.02 * float(theirs.abs().max()), equal_nan=True):
@@ -156,20 +173,24 @@ def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
 
 
 def _run(
-    accelerator: Accelerator, objective: _Objective, tokens: Tensor, seed: int, state: _State, progress: Progress
+    accelerator: Accelerator, objective: _Objective, data: Batch, seed: int, state: _State, progress: Progress
 ) -> list[float]:
     """Train what asks for gradients in the objective's student, from the saved state if there is one."""
     step, student = objective.step, objective.student
     groups = _parameter_groups(student, step)
     parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
+    if parameters and objective.aids is not None:
+        groups.append({"params": list(objective.aids.parameters()), "share": 1.0, "weight_decay": 0.0})
+        parameters |= {f"aids.{name}": value for name, value in objective.aids.named_parameters()}
     layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
     if not parameters:
-        raise BadInput(f"{step.label()}: the model's layers are on grids that are not trained; use trains=blocks")
+        raise BadInput(f"{step.label()}: nothing in the model is trained by that; use trains=blocks, or other targets")
     optimizer = torch.optim.AdamW(groups, lr=step.learning_rate)
     history = _load_state(state, parameters, layers, optimizer)
     if history:
         progress(len(history), step.steps, "resumed")
-    batches = _batches(tokens.shape[0], step, seed, accelerator)
+    batches = _batches(len(data.tokens), step, seed, accelerator)
+    rollouts = Rollouts(student, objective.teacher, seed)
     model, optimizer = accelerator.prepare(objective, optimizer)
     for index in range(len(history), step.steps):
         for group in optimizer.param_groups:
@@ -177,7 +198,7 @@ def _run(
         _choose(step, index, layers)
         loss = torch.zeros((), device=next(iter(parameters.values())).device)
         for rows in batches[index]:
-            part_loss = model(tokens[rows].to(loss.device)) / step.accumulate
+            part_loss = model(_prepared(step, data, rows, index, rollouts, loss.device)) / step.accumulate
             accelerator.backward(part_loss)
             loss += part_loss.detach()
         done, mean_loss = index + 1, float(accelerator.reduce(loss, "mean"))  # type: ignore[arg-type]
@@ -194,6 +215,12 @@ def _run(
             _save_state(state, parameters, layers, optimizer, history)
         progress(done, step.steps, f"loss {mean_loss:.4f}")
     return history
+
+
+@torch.no_grad()
+def _prepared(step: TrainPass, data: Batch, rows: Tensor, index: int, rollouts: Rollouts, device: torch.device) -> Batch:
+    counted = None if data.counted is None else data.counted[rows].to(device)
+    return step.prepare(Batch(data.tokens[rows].to(device), counted, index), rollouts)
 
 
 def _choose(step: TrainPass, index: int, layers: Layers) -> None:
@@ -223,13 +250,17 @@ def _parameter_groups(student: nn.Module, step: TrainPass) -> list[dict[str, Any
     Adam moves every parameter by about the learning rate. A move of a scale is multiplied by codes up to 2**(bits-1),
     so with a "share" of 2**(1-bits) of the rate no weight moves faster than one that is trained directly.
     """
+    layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
+    factors = [name for name, module in student.named_modules() if isinstance(module, TrainableFactors)]
     groups = []
-    for layer in [module for module in student.modules() if isinstance(module, TrainableLinear)]:
-        for master, share in layer.shares():
-            groups.append({"params": [master], "share": share, "weight_decay": step.weight_decay if share == 1 else 0.0})
+    for name, layer in layers.items():
+        if step.trains_layer(name) and (step.trains != "factors" or name.startswith(tuple(f"{each}." for each in factors))):
+            for master, share in layer.shares():
+                groups.append({"params": [master], "share": share, "weight_decay": step.weight_decay if share == 1 else 0.0})
     masters = {master for group in groups for master in group["params"]}
-    dimensions = {"weights": (), "blocks": (1,), "everything": (0, 1, 2, 3)}[step.trains]
-    rest = [value for value in student.parameters() if value not in masters and value.dim() in dimensions]
+    every_master = {master for layer in layers.values() for master in layer.masters}
+    dimensions = {"factors": (), "weights": (), "blocks": (1,), "everything": (0, 1, 2, 3)}[step.trains]
+    rest = [value for value in student.parameters() if value not in every_master and value.dim() in dimensions]
     for parameter in chain(masters, rest):
         parameter.data = parameter.data.clone()  # a loader may have given both models the same memory
         parameter.requires_grad_(True)

@@ -11,12 +11,12 @@ from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.export import layers
 from compress.journal import OUTER, block_part
-from compress.passes import TrainPass
 from compress.progress import Progress
 from compress.records import Streamed, describe
 from compress.skeleton import Skeleton
 from compress.stream import PROBE_LENGTH, PROBE_SEQUENCES
 from compress.train import train
+from compress.train_pass import TrainPass
 from compress.weights import Weight, assert_structure_kept, structure
 from compress.writer import BlockStore
 

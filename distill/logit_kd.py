@@ -13,7 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.distill.losses import chunked_forward_kl
-from compress.passes import Needs, Signal, Taxon, TrainPass
+from compress.passes import Needs, Taxon
+from compress.train_pass import Batch, Signal, TrainPass
 
 
 class LogitKD(TrainPass):
@@ -31,9 +32,9 @@ class LogitKD(TrainPass):
     temperature: float = Field(1.0, gt=0, description="divides both models' logits")
     chunk: int = Field(256, ge=1, description="tokens whose logits exist at one time")
 
-    def loss(self, student: Signal, teacher: Signal | None, targets: Tensor) -> Tensor:
-        """T**2 * mean over tokens of KL(teacher || student), in nats; ``targets`` are not read."""
+    def loss(self, student: Signal, teacher: Signal | None, batch: Batch) -> Tensor:
+        """T**2 * mean over tokens of KL(teacher || student), in nats."""
         if teacher is None:
             raise ValueError("logit_kd compares with a teacher, and none was given")
         total = chunked_forward_kl(student.hidden, student.head, teacher.hidden, teacher.head, self.temperature, self.chunk)
-        return self.temperature**2 * total / targets.numel()
+        return self.temperature**2 * total / len(student.hidden)

@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.distill.losses import chunked_cross_entropy, chunked_forward_kl
-from compress.passes import Needs, Signal, Taxon, TrainPass
+from compress.passes import Needs, Taxon
 from compress.prune.masks import count_kept, kept_of, lowest, with_implied_sparsity
+from compress.train_pass import Batch, Signal, TrainPass
 from compress.weights import Dense, LowRank, Masked, Weight
 from compress.weights.composed import unmasked
 
@@ -89,10 +90,10 @@ class Gradual(TrainPass):
         n_kept = min(weight.numel, count_kept(weight.shape, self.sparsity, self.pattern))
         return Masked(inner, torch.empty(weight.shape, dtype=torch.bool, device="meta"), n_kept)
 
-    def loss(self, student: Signal, teacher: Signal | None, targets: Tensor) -> Tensor:
+    def loss(self, student: Signal, teacher: Signal | None, batch: Batch) -> Tensor:
         """Mean over tokens of KL(teacher || student), or of the next token's negative log-likelihood, in nats."""
         if self.objective == "ce":
-            return chunked_cross_entropy(student.hidden, student.head, targets, self.chunk) / targets.numel()
+            return chunked_cross_entropy(student.hidden, student.head, batch.targets, self.chunk) / len(student.hidden)
         assert teacher is not None
         total = chunked_forward_kl(student.hidden, student.head, teacher.hidden, teacher.head, chunk=self.chunk)
-        return total / targets.numel()
+        return total / len(student.hidden)

@@ -170,7 +170,7 @@ def calibration(text_file: Path):
 def sensible(key: str, **settings):
     """A pass of that method that suits a tiny model: few steps where it learns, its defaults where it does not."""
     from compress import methods
-    from compress.passes import TrainPass
+    from compress.train_pass import TrainPass
 
     if issubclass(methods.get(key), TrainPass):
         settings = {"steps": 3, "batch_size": 2, "length": 16, "learning_rate": 1e-3, **settings}

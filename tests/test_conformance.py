@@ -18,10 +18,11 @@ from compress.checkpoint import Checkpoint, digest_files
 from compress.errors import CompressError
 from compress.export import to as export_to
 from compress.manifest import Manifest
-from compress.passes import CorrectionPass, LinearPass, ModelPass, TrainPass
+from compress.passes import CorrectionPass, LinearPass, ModelPass
 from compress.pipeline import Result
 from compress.recipe import Calibration, Recipe
 from compress.skeleton import Skeleton
+from compress.train_pass import TrainPass
 from compress.verify import verify_artifact
 
 METHODS = list(methods.available())

@@ -14,9 +14,10 @@ from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.manifest import Manifest
 from compress.narrow import narrow
-from compress.passes import BlockPass, CorrectionPass, LinearPass, ModelPass, StoragePass, StreamPass, TrainPass
+from compress.passes import BlockPass, CorrectionPass, LinearPass, ModelPass, StoragePass, StreamPass
 from compress.skeleton import Skeleton
 from compress.stages import group
+from compress.train_pass import TrainPass
 from compress.weights import Affine, Coded, Composed, LowRank, Masked, Quantized, Sum, Weight, leaves, opened
 from compress.weights.composed import unmasked
 

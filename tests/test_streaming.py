@@ -18,12 +18,13 @@ from compress import methods
 from compress.arch import ARCHITECTURES
 from compress.calibration import load_tokenizer, read_text, windows
 from compress.checkpoint import Checkpoint
-from compress.passes import LinearPass, TrainPass
+from compress.passes import LinearPass
 from compress.shards import INDEX
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
 from compress.stream import Stream
 from compress.train import train
+from compress.train_pass import TrainPass
 from compress.weights import Dense, LowRank, Weight
 from compress.writer import BlockStore
 

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ from compress.distill.logit_kd import LogitKD
 from compress.distill.losses import forward_kl
 from compress.errors import BadInput, CompressError
 from compress.loader import LowRankLinear
-from compress.passes import TrainPass
+from compress.passes import Needs
 from compress.train import STATE_FILE, TrainableLinear, TrainResult, head_of, train
+from compress.train_pass import TrainPass
 from compress.weights import Dense, LowRank, Quantized, Weight, assert_structure_kept, structure
 
 VOCABULARY = 128
@@ -311,9 +313,9 @@ def test_bad_requests_are_refused_before_any_work(llama, tokens, tmp_path):
 class NextToken(TrainPass):
     """A loss without a teacher."""
 
-    def loss(self, student, teacher, targets):
+    def loss(self, student, teacher, batch):
         assert teacher is None
-        return F.cross_entropy(student.head(student.hidden), targets)
+        return F.cross_entropy(student.head(student.hidden), batch.targets)
 
 
 def test_a_loss_without_a_teacher_is_that_of_the_next_token(llama, tokens, tmp_path):
@@ -357,3 +359,47 @@ def test_a_head_that_is_not_understood_is_refused(llama, tokens, tmp_path, monke
     monkeypatch.setattr(student, "forward", doubled)
     with pytest.raises(BadInput, match="llama"):
         fit(student, weights, llama, tokens, tmp_path)
+
+
+def test_only_the_named_layers_and_factors_are_trained(llama, tokens, tmp_path):
+    student, weights = compressed(llama, low_rank)
+    weights |= {name: Dense(llama.get_submodule(name).weight.data.clone()) for name in weights if name.endswith("k_proj")}
+    for name in weights:
+        if name.endswith("k_proj"):
+            student.set_submodule(name, copy.deepcopy(llama.get_submodule(name)))
+
+    def moved(**settings) -> set[str]:
+        one, before = copy.deepcopy(student), tensors_of(student)
+        fit(one, weights, llama, tokens, tmp_path / str(settings), steps=2, **settings)
+        return {name for name, value in one.state_dict().items() if not torch.equal(value, before[name])}
+
+    factored = {name for name in weights if not name.endswith("k_proj")}
+    assert moved(trains="factors") == {f"{name}.{part}.weight" for name in factored for part in ("down", "up")}
+    assert moved(trains="factors", targets="*.up") == {f"{name}.up.weight" for name in factored}
+    assert moved(trains="weights", skip="*.down+*.up") == {f"{n}.weight" for n in weights if n.endswith("k_proj")}
+
+
+class Half(TrainPass):
+    """The next token, of the tokens that count, by way of a matrix of its own."""
+
+    needs: ClassVar[Needs] = Needs(states=True)
+
+    def aids(self, student_sizes, teacher_sizes):
+        assert student_sizes == (64, 64, 64) and teacher_sizes == ()
+        return nn.Linear(64, 64, bias=False)
+
+    def loss(self, student, teacher, batch):
+        assert torch.equal(batch.targets, batch.tokens[:, 16:].flatten())
+        assert torch.equal(batch.windows, torch.arange(4).repeat_interleave(16))
+        assert len(student.states) == 3 and len(student.hidden) == len(batch.targets)
+        torch.testing.assert_close(student.states[-1], student.hidden)
+        return F.cross_entropy(student.head(batch.aids(student.states[-1])), batch.targets)
+
+
+def test_tokens_that_do_not_count_are_left_out_and_aids_are_trained(llama, tokens, tmp_path):
+    student, weights = compressed(llama, masked)
+    counted = torch.zeros_like(tokens, dtype=torch.bool)
+    counted[:, 16:] = True
+    result = train(student, weights, None, tokens, Half(steps=12, batch_size=4, learning_rate=1e-2), seed=0, device="cpu",
+                   directory=tmp_path, progress=silent, counted=counted)  # fmt: skip
+    assert result.history[-1] < result.history[0]

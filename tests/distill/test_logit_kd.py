@@ -9,7 +9,8 @@ from torch import nn
 
 from compress.distill.logit_kd import LogitKD
 from compress.distill.losses import forward_kl
-from compress.passes import Signal, Taxon
+from compress.passes import Taxon
+from compress.train_pass import Batch, Signal
 
 
 def signal(seed: int, tokens: int = 10) -> Signal:
@@ -26,19 +27,19 @@ def test_what_it_declares():
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_loss_is_the_mean_over_tokens_times_the_squared_temperature(temperature):
-    student, teacher, targets = signal(0), signal(1), torch.zeros(10, dtype=torch.int64)
-    loss = LogitKD(temperature=temperature, chunk=3).loss(student, teacher, targets)
+    student, teacher = signal(0), signal(1)
+    loss = LogitKD(temperature=temperature, chunk=3).loss(student, teacher, Batch(torch.zeros(1, 11, dtype=torch.int64)))
     per_token = forward_kl(student.head(student.hidden), teacher.head(teacher.hidden), temperature)
     torch.testing.assert_close(loss, temperature**2 * per_token.mean())
 
 
 def test_loss_is_zero_for_the_teacher_itself():
-    assert LogitKD().loss(signal(0), signal(0), torch.zeros(10, dtype=torch.int64)).abs() < 1e-6
+    assert LogitKD().loss(signal(0), signal(0), Batch(torch.zeros(1, 11, dtype=torch.int64))).abs() < 1e-6
 
 
 def test_a_missing_teacher_is_refused():
     with pytest.raises(ValueError, match="teacher"):
-        LogitKD().loss(signal(0), None, torch.zeros(10, dtype=torch.int64))
+        LogitKD().loss(signal(0), None, Batch(torch.zeros(1, 11, dtype=torch.int64)))
 
 
 @pytest.mark.parametrize(
