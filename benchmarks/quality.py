@@ -32,7 +32,7 @@ from compress.checkpoint import Checkpoint
 from compress.demo import MODEL as DEMO
 from compress.errors import CompressError
 from compress.eval.fidelity import base_logprobs, compare
-from compress.evaluation import load_model
+from compress.judge import load_model
 from compress.loader import linear_shape
 from compress.pipeline import Pipeline
 from compress.recipe import Calibration

@@ -28,7 +28,7 @@ from compress.checkpoint import Checkpoint
 from compress.demo import MODEL
 from compress.errors import CompressError
 from compress.eval.fidelity import base_logprobs, compare
-from compress.evaluation import load_model
+from compress.judge import load_model
 from compress.pipeline import Pipeline, Result
 from compress.recipe import Calibration
 

@@ -12,18 +12,19 @@ from compress.errors import BadInput, CompressError
 from compress.passes import CorrectionPass, LinearPass, StoragePass, StreamPass
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
-from compress.weights import Coded, Columns, Composed, Dense, Incoherent, LowRank, Masked, Outliers, Sum, Weight, opened
+from compress.weights import Coded, Composed, Dense, Incoherent, LowRank, Masked, SparsePart, Sum, TensorTrain, Weight, opened
 from compress.weights.composed import unmasked
 
 
 def apply(step: StreamPass, weight: Weight, stats: LinearStats, original: Tensor | None = None) -> Weight:
     """Apply one linear pass.
 
-    A pass that does not factorise is applied to each factor of a low-rank weight, the second one with the statistics
-    carried through the first as compressed, to those parts of a sum that are matrices of their own, and to a matrix in
-    the basis in which it is kept, unless the pass chooses a basis itself. An earlier mask is given to the
-    pass and holds in its result. A matrix that is stored by a bitmask is given to every pass, and left, as a masked one: its
-    mask or grid may change, and with it what storing takes. original: (out, in), the layer when the stage began.
+    A pass that does not factorise is applied to each factor of a low-rank weight and each core of a tensor train, with the
+    statistics carried through those before it as compressed, to those parts of a sum that are matrices of their own, and to
+    a matrix in the basis in which it is kept, unless the pass chooses a basis itself. An earlier mask is given to the pass
+    and holds in its result. A matrix that is stored by a bitmask is given to every pass, and left, as a masked one: its mask
+    or grid may change, and with it what storing takes. original: (out, in), the layer when the
+    stage began.
     """
     weight = opened(weight)
     if isinstance(step, CorrectionPass):
@@ -35,6 +36,8 @@ def apply(step: StreamPass, weight: Weight, stats: LinearStats, original: Tensor
         down = apply(step, weight.down, stats)
         through = stats.through(down.dense(torch.float32)) if step.needs.stats else stats
         return LowRank(down, apply(step, weight.up, through))
+    if not step.factorises and isinstance(weight, TensorTrain):
+        return weight.each_core(lambda core, entering: apply(step, core, entering), stats if step.needs.stats else None)
     if not step.factorises and isinstance(weight, Sum):
         return Sum(tuple(apply(step, part, stats) if _is_matrix(part) else part for part in weight.parts))
     if not step.factorises and isinstance(weight, Incoherent):
@@ -55,6 +58,9 @@ def outline(step: StreamPass, weight: Weight) -> Weight:
     factorises = isinstance(step, LinearPass) and step.factorises
     if not factorises and isinstance(weight, LowRank):
         return LowRank(outline(step, weight.down), outline(step, weight.up))
+    if not factorises and isinstance(weight, TensorTrain):
+        weight.check_cores(step.needs.stats)
+        return weight.each_core(lambda core, _: outline(step, core), None)
     if not factorises and isinstance(weight, Sum):
         return Sum(tuple(outline(step, part) if _is_matrix(part) else part for part in weight.parts))
     if not factorises and isinstance(weight, Incoherent):
@@ -93,15 +99,14 @@ def _no_stats(weight: Weight) -> LinearStats:
 
 
 def _is_matrix(part: Weight) -> bool:
-    return not isinstance(unmasked(part), Outliers | Columns)
+    return not isinstance(unmasked(part), SparsePart)
 
 
 def _settle(step: StreamPass, weight: Weight, result: Weight) -> Weight:
     """Keep of the earlier weight what a pass promises to keep."""
     if isinstance(step, LinearPass) and step.factorises:
         if isinstance(result, Composed):
-            smaller = not isinstance(weight, LowRank) or not isinstance(result, LowRank) or result.rank < weight.rank
-            return result if smaller else weight
+            return result if not isinstance(weight, LowRank) or result.numel < weight.numel else weight
         return weight
     inner = unmasked(weight)
     if isinstance(result, Masked) and isinstance(result.inner, Dense) and not isinstance(inner, Dense):

@@ -1,4 +1,4 @@
-"""Turn finished blocks into a complete Hugging Face directory: config, weights, tokenizer, manifest, model card."""
+"""Turn finished blocks into a complete Hugging Face directory: config, weights, tokenizer, manifest."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from compress.skeleton import Skeleton
 from compress.weights import KINDS
 from compress.writer import BlockStore, write_text
 
+CARRIED = ("stored_layers.py", "stored_codebooks.py", "stored_tables.py")
+"""What ``loader.py`` imports, and artifacts therefore carry beside it."""
 _AUTO_MAP = {
     "AutoConfig": "modeling_compress.CompressConfig",
     "AutoModelForCausalLM": "modeling_compress.CompressForCausalLM",
@@ -34,7 +36,7 @@ def write_artifact(destination: Path, skeleton: Skeleton, streamed: Streamed, st
     write_text(destination / "config.json", json.dumps(artifact_config(skeleton, streamed), indent=2) + "\n")
     checkpoint.copy_companions(destination)
     if streamed.reshaped or checkpoint.structure:
-        for own, name in (("loader.py", "modeling_compress.py"), ("stored_layers.py", "stored_layers.py")):
+        for own, name in {"loader.py": "modeling_compress.py", **{each: each for each in CARRIED}}.items():
             shutil.copyfile(Path(__file__).with_name(own), destination / name)
     manifest = complete(manifest, skeleton, streamed)
     manifest.nbytes = sum(file.stat().st_size for file in files)
@@ -120,27 +122,3 @@ def carry_records(streamed: Streamed, earlier: Manifest | None) -> None:
             record.dense_nbytes = before.dense_nbytes
             if record.weight_error is None:
                 record.weight_error, record.output_error = before.weight_error, before.output_error
-
-
-def write_card(directory: Path, manifest: Manifest, lines: list[str]) -> None:
-    """The model card: what was done, how to load it, what it measured."""
-    remote = ", trust_remote_code=True" if manifest.tier == "shim" else ""
-    tags = ["compress", *sorted({step.method for step in manifest.steps})]
-    front = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-    ]
-    if "/" in manifest.base and not Path(manifest.base).is_absolute() and not manifest.base.startswith("."):
-        front.append(f"base_model: {manifest.base}")
-    body = [
-        "---", "", f"# {Path(manifest.base).name}, compressed", "",
-        f"Made by `compress` from `{manifest.base}` with, in order: " + ", ".join(f"`{s.label}`" for s in manifest.steps) + ".",
-        "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{remote})',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", "", *lines, "",
-        "`recipe.yaml` repeats it, `compress_manifest.json` records every layer, `report.html` shows what it cost.", "",
-    ]  # fmt: skip
-    write_text(directory / "README.md", "\n".join(front + body))

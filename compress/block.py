@@ -11,7 +11,7 @@ from compress.arch import Edge
 from compress.loader import LowRankLinear
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
-from compress.weights import Columns, Composed, Dense, LowRank, Masked, Outliers, Sum, Weight, leaves, opened
+from compress.weights import Composed, Dense, LowRank, Masked, SparsePart, Sum, Weight, leaves, opened
 from compress.weights.composed import unmasked
 
 
@@ -61,7 +61,7 @@ class Block:
         """Turn grids of the selected layers that no plain module holds into plain matrices of the same values."""
         for local in self.selected:
             for name, leaf in leaves(local, self.weights[local]):
-                if isinstance(unmasked(leaf), Composed) and not isinstance(unmasked(leaf), Outliers | Columns):
+                if isinstance(unmasked(leaf), Composed) and not isinstance(unmasked(leaf), SparsePart):
                     dense = Dense(leaf.dense())
                     self.replace(name, dense if leaf.mask is None else Masked(dense, leaf.mask))
 

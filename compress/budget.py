@@ -43,3 +43,30 @@ def share_out(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]],
         picked.append(index)
         left -= int(np.ceil((unit_costs[index] - cheapest) / bin_size))
     return picked[::-1]
+
+
+def fill(costs: Sequence[np.ndarray], priorities: Sequence[np.ndarray], budget: int) -> list[int]:
+    """How many of its parts each unit is given, when parts are handed out in the order of falling priority, of equal ones the
+    earlier unit's first, within ``budget``.
+
+    costs, priorities: (n parts,) of each unit. Its parts come in their order, so that none has a higher priority than those
+    before it; the first is given in any case. A part that no longer fits ends its unit; others go on. Raises ValueError where
+    the first parts alone cost more than the budget.
+    """
+    least = int(sum(unit[0] for unit in costs))
+    if least > budget:
+        raise ValueError(f"the budget of {budget:,} is below {least:,}, what the least parts cost together")
+    if not costs:
+        return []
+    taken, left = np.ones(len(costs), dtype=int), budget - least
+    unit = np.repeat(np.arange(len(costs)), [len(parts) - 1 for parts in costs])
+    cost = np.concatenate([parts[1:] for parts in costs])
+    needed = np.concatenate([np.maximum.accumulate(parts[1:]) for parts in costs])  # to get as far as this part
+    order = np.argsort(-np.concatenate([np.minimum.accumulate(parts[1:]) for parts in priorities]), kind="stable")
+    while len(order := order[needed[order] <= left]):
+        total = cost[order].cumsum()
+        n_taken = int(np.searchsorted(total, left, side="right"))
+        taken += np.bincount(unit[order[:n_taken]], minlength=len(costs))
+        left -= int(total[n_taken - 1])
+        order = order[n_taken:]
+    return taken.tolist()

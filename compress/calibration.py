@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +11,30 @@ import torch
 from torch import Tensor
 
 from compress.errors import BadInput, explain
+from compress.texts import Document, Record, read_text
+
+__all__ = ["DEFAULT_LENGTH", "Windows", "load_tokenizer", "read_text", "window_length", "windows"]
 
 DEFAULT_LENGTH = 512
 _CHUNK_CHARACTERS = 1 << 20
 
 
 class Windows(NamedTuple):
-    """tokens: (n, length) int64. digest: SHA-256 of the tokens. source: where the text came from."""
+    """tokens: (n, length) int64. digest: SHA-256 of the tokens, and of what is counted. source: where the text came from.
+    counted: (n, length) bool, the tokens that are to be predicted, not those of prompts and of what fills windows up; None: all.
+    tasks: (n, length) int8, of records the task that a token belongs to; None: all have the same.
+    """
 
     tokens: Tensor
     digest: str
     source: str
+    counted: Tensor | None = None
+    tasks: Tensor | None = None
+
+    def only(self, chosen: Tensor) -> Windows:
+        """The windows of those numbers, (n,) int64."""
+        counted, tasks = (None if values is None else values[chosen] for values in (self.counted, self.tasks))
+        return self._replace(tokens=self.tokens[chosen], counted=counted, tasks=tasks)
 
 
 def load_tokenizer(path: Path, vocabulary: int, trust_remote_code: bool = False) -> Any:
@@ -48,101 +60,82 @@ def window_length(requested: int | None, config: Any) -> int:
     return requested or min(DEFAULT_LENGTH, maximum)
 
 
-def read_text(
-    data: str | None, column: str = "text", split: str = "train", *, bundled: str = "calibration"
-) -> tuple[Iterable[str], str]:
-    """Documents and their source. data: a file, a hub dataset id, or None for the bundled text of that split."""
-    if data is None:
-        from compress.demo.mixture import texts
-
-        return texts(bundled), f"bundled/{bundled}"
-    path = Path(data).expanduser()
-    if path.suffix in (".txt", ".md") or (path.is_file() and path.suffix not in (".jsonl", ".json", ".parquet")):
-        if not path.is_file():
-            raise BadInput(f"{data}: no such file")
-        return [_read_utf8(path)], path.name
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        if not path.is_file():
-            raise BadInput(f"{data}: no such file")
-        rows = _read_jsonl(path) if path.suffix != ".parquet" else _read_parquet(path)
-        return _column(rows, column, data), path.name
-    return _column(_read_hub(data, split), column, data), data
-
-
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(_read_utf8(path).split("\n"), 1):  # a string may hold what splitlines() splits at
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise BadInput(f"{path}, line {number}: not JSON: {error}") from None
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Any]:
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except ArrowInvalid as error:
-        raise BadInput(f"{path}: not a parquet file: {error}") from None
-
-
-def _read_hub(name: str, split: str) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(name, split=split)
-    except Exception as error:  # offline, missing, gated, no such split: all the user's to resolve
-        raise BadInput(f"{name}: neither a local file nor a dataset that the hub gave: {str(error).splitlines()[0]}") from None
-
-
-def _column(rows: Any, column: str, origin: str) -> list[str]:
-    texts = []
-    for row in rows:
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            found = ", ".join(f"{k}: {type(v).__name__}" for k, v in row.items()) if isinstance(row, dict) else type(row).__name__
-            raise BadInput(f"{origin}: a row has no text in column {column!r} (it is {found}); name it with --column")
-        texts.append(row[column])
-    return texts
-
-
 def windows(
-    tokenizer: Any, texts: Iterable[str], source: str, *, n: int, length: int, seed: int, at_most: bool = False
+    tokenizer: Any, texts: Iterable[Document], source: str, *, n: int, length: int, seed: int, at_most: bool = False
 ) -> Windows:
-    """``n`` windows of ``length`` tokens, drawn without overlap and in a seeded order from the joined documents.
+    """``n`` windows of ``length`` tokens, drawn without overlap and in a seeded order.
 
-    Documents are separated by the tokenizer's end-of-text token where it has one. Raises :class:`BadInput` where the text
-    is too short; at_most: fewer windows than ``n`` will do.
+    Plain documents are joined, separated by the tokenizer's end-of-text token where it has one, and cut. Records are packed:
+    several in a window, each followed by that token, which is to be predicted too; a record begins a new window where it would
+    not fit, and what is longer than a window loses its end. Raises :class:`BadInput` where the text is too short; at_most:
+    fewer windows than ``n`` will do.
     """
     separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     ids: list[int] = []
+    packed = _Packed(length, filler=next(iter(separator), 0))
     wanted = 4 * n * length  # enough to draw from; the rest of a huge corpus is never tokenised
     for text in texts:
-        for start in range(0, len(text), _CHUNK_CHARACTERS):
-            ids += tokenizer(text[start : start + _CHUNK_CHARACTERS], add_special_tokens=False, verbose=False)["input_ids"]
-            if len(ids) >= wanted:
-                break
-        ids += separator
-        if len(ids) >= wanted:
+        if isinstance(text, Record):
+            packed.add([(_ids(tokenizer, piece), counted) for piece, counted in text.spans(tokenizer)], separator, text.task)
+        else:
+            for start in range(0, len(text), _CHUNK_CHARACTERS):
+                ids += _ids(tokenizer, text[start : start + _CHUNK_CHARACTERS])
+                if len(ids) >= wanted:
+                    break
+            ids += separator
+        if len(ids) + length * len(packed.rows) >= wanted:
             break
-    available = len(ids) // length
+    n_plain = len(ids) // length
+    available = n_plain + len(packed.rows)
     if available < (1 if at_most else n):
         fewer = f"at most {available} samples (--samples {available})" if available else "fewer samples (--samples)"
         raise BadInput(
-            f"{source}: {len(ids)} tokens are too few for {n} windows of {length}; give more text, {fewer} or shorter windows "
-            "(--length)"
+            f"{source}: {len(ids) + packed.n_tokens} tokens are too few for {n} windows of {length}; give more text, {fewer} or "
+            "shorter windows (--length)"
         )
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:n]
-    tokens = torch.tensor(ids[: available * length], dtype=torch.int64).reshape(available, length)[order].contiguous()
-    return Windows(tokens, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), source)
+    tokens = torch.tensor([ids[: n_plain * length]], dtype=torch.int64).reshape(n_plain, length)
+    counted = tasks = None
+    if packed.rows:
+        plain = torch.ones(n_plain, length, dtype=torch.bool)
+        counted = torch.cat([plain, torch.tensor(packed.counted, dtype=torch.bool)])[order].contiguous()
+        tokens = torch.cat([tokens, torch.tensor(packed.rows, dtype=torch.int64)])
+        tasks = torch.cat([plain.new_zeros(plain.shape, dtype=torch.int8), torch.tensor(packed.tasks, dtype=torch.int8)])[order]
+    tokens = tokens[order].contiguous()
+    digest = hashlib.sha256(tokens.numpy().tobytes() + (b"" if counted is None else counted.numpy().tobytes()))
+    return Windows(tokens, digest.hexdigest(), source, counted, tasks if tasks is not None and bool(tasks.any()) else None)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class _Packed:
+    """Records in windows. rows: their tokens, counted: which are to be predicted, tasks: of which task they are; n_tokens:
+    without what fills windows up."""
+
+    def __init__(self, length: int, filler: int):
+        self.length, self.filler = length, filler
+        self.rows: list[list[int]] = []
+        self.counted: list[list[bool]] = []
+        self.tasks: list[list[int]] = []
+        self.n_tokens = self.room = 0
+
+    def add(self, pieces: list[tuple[list[int], bool]], separator: list[int], task: int = 0) -> None:
+        """One record, in the last window or in a new one; left out where nothing in it is to be predicted."""
+        tokens = [token for piece, _ in pieces for token in piece] + separator
+        counted = [flag for piece, flag in pieces for _ in piece] + [pieces[-1][1]] * len(separator)
+        tokens, counted = tokens[: self.length], counted[: self.length]
+        if not any(counted[1:]):
+            return
+        if len(tokens) > self.room:
+            self.rows.append([self.filler] * self.length)
+            self.counted.append([False] * self.length)
+            self.tasks.append([0] * self.length)
+            self.room = self.length
+        start = self.length - self.room
+        self.rows[-1][start : start + len(tokens)] = tokens
+        self.counted[-1][start : start + len(tokens)] = counted
+        self.tasks[-1][start : start + len(tokens)] = [task] * len(tokens)
+        self.room -= len(tokens)
+        self.n_tokens += len(tokens)

@@ -22,12 +22,12 @@ from compress.errors import BadInput, explain
 from compress.export.layers import LIBRARIES, NEEDED, Source, read_weight
 from compress.manifest import Manifest
 from compress.shards import Shards, digest_files, read_json
-from compress.weights import Masked, Weight
+from compress.weights import KINDS, Composed, Lookup, Masked, Weight
 
 log = logging.getLogger(__name__)
 
 _LEGACY = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 
 
 class Checkpoint:
@@ -39,7 +39,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False, allow_pickle: bool = False):
         self.path = path
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.allow_pickle = trust_remote_code, allow_pickle
         self.raw_config = read_json(path / "config.json", "is not a Hugging Face model directory: config.json")
         self._refuse_remote_code()
         has_experts = any("expert" in key for key in self.raw_config) or "moe" in self.base_model_type
@@ -52,6 +52,9 @@ class Checkpoint:
     def open(cls, source: str | Path, **permissions: bool) -> Checkpoint:
         """Open a directory, a hub id or ``demo``. Raises :class:`BadInput` for what is missing, broken or unsafe."""
         return cls(resolve(source), **permissions)
+
+    def __reduce__(self) -> Any:
+        return _reopen, (self.path, self.trust_remote_code, self.allow_pickle)
 
     @property
     def base_model_type(self) -> str:
@@ -149,10 +152,10 @@ class Checkpoint:
 
     @cached_property
     def tables(self) -> set[str]:
-        """The modules outside the blocks, embeddings and head, that are on grids: their matrices are read as if dense."""
+        """The modules outside the blocks, embeddings and head, that are compressed: their matrices are read as if dense."""
         names = {name.removesuffix(".weight_scale") for name in self.keys if name.endswith(".weight_scale")}
         blocks = (f"{self.arch.blocks}.", f"{self.arch.blocks}.".removeprefix(self._prefix))
-        tables = {name for name, spec in self.reshaped.items() if spec["kind"] == "table"}
+        tables = {name for name, spec in self.reshaped.items() if issubclass(KINDS.get(spec["kind"], Composed), Lookup)}
         return tables | {name for name in names if not name.startswith(blocks)}
 
     def _table(self, name: str) -> str | None:
@@ -284,3 +287,8 @@ def resolve(source: str | Path) -> Path:
     except Exception as error:  # the hub client raises a dozen kinds, all of which mean the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"{source}: neither a local directory nor a model that the hub gave: {reason}") from None
+
+
+def _reopen(path: Path, trust_remote_code: bool, allow_pickle: bool) -> Checkpoint:
+    """What a checkpoint is for another process: its files."""
+    return Checkpoint(path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)

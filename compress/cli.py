@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,23 @@ Length = Annotated[int | None, typer.Option(help="tokens per window [512]")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated")]
 Include = Annotated[list[str] | None, typer.Option(help="directory of local lm-eval YAML tasks; repeatable")]
 Limit = Annotated[int | None, typer.Option(help="questions per task")]
+Shots = Annotated[int | None, typer.Option("--n-shot", help="examples in the prompt [what each task says]")]
+BatchSize = Annotated[str | None, typer.Option(help="of the tasks, or auto [8]")]
+Data = Annotated[Path | None, typer.Option("--data", help="directory of local data sets for lm-eval's own tasks")]
+TaskSeed = Annotated[int | None, typer.Option(help="seed of the tasks [lm-eval's own]")]
+LogSamples = Annotated[bool, typer.Option("--log-samples", help="write what lm-eval logs of each question under samples/")]
+StreamedOption = Annotated[
+    bool | None, typer.Option("--streamed/--resident", help="measure block by block [where the model does not fit into memory]")
+]
+MinRecovery = Annotated[float | None, typer.Option(help="gate: share of the base's score that must be kept, such as 0.97")]
+MaxBytes = Annotated[str | None, typer.Option(help="gate: largest weight files, such as 2.5GB")]
+MaxKL = Annotated[float | None, typer.Option("--max-kl", help="gate: largest mean divergence from the base, nats per token")]
+MaxFlips = Annotated[float | None, typer.Option(help="gate: largest share of answers that go from right to wrong")]
+Junit = Annotated[Path | None, typer.Option("--junit", help="write gates and tasks as a JUnit file, for CI")]
+Track = Annotated[str | None, typer.Option("--track", help="record in an experiment tracker: mlflow")]
+References = Annotated[
+    list[Path] | None, typer.Option("--reference", help="measured dense model of a family, for densities; repeatable")
+]
 Seed = Annotated[int | None, typer.Option(help="seed of sampling and training [0]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cpu]")]
 Dtype = Annotated[str | None, typer.Option(help="of forward passes: auto, float32, bfloat16, float16 [auto]")]
@@ -75,6 +93,19 @@ def _recipe(model: str | None, passes: list[str] | None, recipe: str | None, **o
     return Recipe.parse(content, recipe or "command line")
 
 
+def _measuring(tasks: str | None, include: list[str] | None, limit: int | None, **more: Any) -> dict[str, Any]:
+    """The evaluation's settings among a command's options."""
+    batch_size, data, references = more.pop("batch_size", None), more.pop("data", None), more.pop("references", None)
+    return {
+        "tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None,
+        "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
+        "task_data": str(data) if data else None,
+        "references": tuple(map(str, references)) if references else None,
+        "log_samples": more.pop("log_samples", None) or None,
+        **more,
+    }  # fmt: skip
+
+
 def _split(tasks: str | None) -> tuple[str, ...] | None:
     return tuple(filter(None, (task.strip() for task in tasks.split(",")))) if tasks is not None else None
 
@@ -84,38 +115,54 @@ def run_command(
     model: Model = None, passes: Passes = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="output directory")] = None,
     recipe: RecipeOption = None, calibration: CalibrationOption = None, column: Column = None, samples: Samples = None,
-    length: Length = None, tasks: Tasks = None, include: Include = None, limit: Limit = None,
+    length: Length = None, tasks: Tasks = None, include: Include = None, limit: Limit = None, n_shot: Shots = None,
+    batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False,
+    streamed: StreamedOption = None, reference: References = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="do not measure base and result")] = False,
     seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None, overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
     trust_remote_code: Trust = False, allow_pickle: Pickle = False,
-    min_recovery: Annotated[float | None, typer.Option(help="gate: share of the base's score that must be kept")] = None,
-    max_bytes: Annotated[str | None, typer.Option(help="gate: largest weight files, such as 2.5GB")] = None,
-    max_kl: Annotated[float | None, typer.Option(help="gate: largest mean divergence from the base, in nats")] = None,
+    min_recovery: MinRecovery = None, max_bytes: MaxBytes = None, max_kl: MaxKL = None, max_flips: MaxFlips = None,
+    junit: Junit = None, track: Track = None,
+    push_to: Annotated[str | None, typer.Option("--push-to", help="upload the result to this repository of the HF Hub")] = None,
 ) -> None:  # fmt: skip
     """Compress MODEL with PASSES into a directory that stock tools load; measure it; chart what it cost."""
-    from compress.gates import Gates, parse_bytes
+    from compress.gates import Gates
+    from compress.handover import Handover
     from compress.pipeline import run
+    from compress.processes import is_helper
     from compress.progress import Bar
 
     settings = _recipe(
         model, passes, recipe,
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
-        evaluation={"tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None},
+        evaluation=_measuring(
+            tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
+            log_samples=log_samples, streamed=streamed, references=reference,
+        ),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
     )  # fmt: skip
     if no_eval:
         settings = settings.model_copy(update={"evaluation": None})
-    gates = Gates(min_recovery=min_recovery, max_bytes=parse_bytes(max_bytes) if max_bytes is not None else None, max_kl=max_kl)
-    with Bar("compress", enabled=not quiet) as bar:
-        result = run(settings, out=out, overwrite=overwrite, progress=bar, gates=gates)
-    if as_json:
-        typer.echo(json.dumps(result.summary()))
-    else:
-        for line in result.lines():
-            typer.echo(line)
+    gates = Gates.typed(min_recovery, max_bytes, max_kl, max_flips)
+    handover = Handover() if is_helper() else Handover(junit, track, push_to)
+    try:
+        with Bar("compress", enabled=not (quiet or is_helper())) as bar:
+            result = run(settings, out=out, overwrite=overwrite, progress=bar, gates=gates)
+    except GateMissed as missed:
+        _say(handover.made(settings, missed.result), err=True)
+        raise
+    if is_helper():
+        return
+    typer.echo(json.dumps(result.summary()) if as_json else "\n".join(result.lines()))
+    _say(handover.made(settings, result), err=as_json)
+
+
+def _say(lines: Iterable[str], *, err: bool) -> None:
+    for line in lines:
+        typer.echo(line, err=err)
 
 
 @app.command("plan")
@@ -134,7 +181,7 @@ def plan_command(
     settings = _recipe(
         model, passes, recipe,
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
-        evaluation={"tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None},
+        evaluation=_measuring(tasks, include, limit),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
     )  # fmt: skip
@@ -156,25 +203,63 @@ def methods_command(
 def eval_command(
     model: Annotated[str, typer.Argument(help="an artifact or any checkpoint")],
     base: Annotated[str | None, typer.Option(help="compare with this base model [the artifact's own, where it is found]")] = None,
-    tasks: Tasks = None, include: Include = None, limit: Limit = None, device: Device = None, dtype: Dtype = None,
-    as_json: Json = False,
+    tasks: Tasks = None, include: Include = None, limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None,
+    data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False, streamed: StreamedOption = None,
+    reference: References = None, device: Device = None, dtype: Dtype = None, as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="write metrics.json and report.html there")] = None,
+    min_recovery: MinRecovery = None, max_bytes: MaxBytes = None, max_kl: MaxKL = None, max_flips: MaxFlips = None,
+    junit: Junit = None, track: Track = None,
 ) -> None:  # fmt: skip
     """Measure any artifact or checkpoint: tasks, divergence from its base, size and speed."""
+    from compress.checkpoint import resolve
     from compress.evaluation import evaluate_artifact
+    from compress.gates import Gates, missed
+    from compress.handover import Handover
     from compress.progress import Bar
 
-    evaluation = {"tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None}
+    gates = Gates.typed(min_recovery, max_bytes, max_kl, max_flips)
+    handover = Handover(junit, track)
+    evaluation = _measuring(
+        tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
+        log_samples=log_samples, streamed=streamed, references=reference,
+    )  # fmt: skip
     settings = _recipe(None, None, None, calibration={}, evaluation=evaluation, device=device, dtype=dtype)
     with Bar("eval") as bar:
-        report = evaluate_artifact(model, base, settings.evaluation, settings.device, settings.dtype, out, bar)
-    if as_json:
-        typer.echo(report.model_dump_json())
-        return
-    for metrics in (report.base, *report.points):
-        scores = ", ".join(f"{name} {score.primary} {score.value:.4g}" for name, score in metrics.tasks.items())
-        divergence = f", KL {metrics.fidelity.kl_mean:.4g}" if metrics.fidelity else ""
-        typer.echo(f"{metrics.label}: {metrics.cost.bytes_on_disk:,} bytes, {scores}{divergence}")
+        report = evaluate_artifact(model, base, settings.evaluation, settings.device, settings.dtype, out, bar, gates=gates)
+    typer.echo(report.dump() if as_json else "\n".join(report.lines()))
+    measured = (*report.points, report.base)[0]
+    checked = gates.checked(measured.cost.bytes_on_disk, measured)
+    _say(handover.measured(resolve(model), settings.evaluation, report, checked, out), err=as_json)
+    if failure := missed(checked):
+        raise GateMissed(failure)
+
+
+@app.command("compare")
+def compare_command(
+    a: Annotated[str, typer.Argument(help="an artifact or metrics.json; #LABEL follows where that holds several models")],
+    b: Annotated[str, typer.Argument(help="what to compare with it, likewise; #base: its base model")],
+    as_json: Json = False,
+    junit: Annotated[Path | None, typer.Option("--junit", help="write a test case for each task, for CI")] = None,
+    not_worse: Annotated[bool, typer.Option("--not-worse", help="gate: exit with 3 where B is worse than A on a task")] = False,
+) -> None:
+    """Say whether two measured models differ, task by task, and by how much: paired intervals, flips, bytes, speed."""
+    from compress.eval.junit import write_junit
+    from compress.evaluation import compare_artifacts
+
+    found = compare_artifacts(a, b)
+    typer.echo(found.model_dump_json() if as_json else "\n".join(found.lines()))
+    if junit is not None:
+        write_junit(junit, f"{b} against {a}", found.cases())
+    if not_worse and found.worse:
+        raise GateMissed(f"--not-worse: {b} is worse than {a} on {', '.join(found.worse)}")
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON schema of metrics.json."""
+    from compress.eval.schema import metrics_schema
+
+    typer.echo(metrics_schema(), nl=False)
 
 
 @app.command("chart")

@@ -12,7 +12,11 @@ class BadInput(CompressError, ValueError):
 
 
 class GateMissed(CompressError):
-    """The artifact was made but does not meet a condition; exit code 3."""
+    """The artifact was made but does not meet a condition; exit code 3. result: what was made or measured all the same."""
+
+    def __init__(self, message: str, result: object = None):
+        super().__init__(message)
+        self.result = result
 
 
 def explain(error: Exception) -> str:

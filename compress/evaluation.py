@@ -1,54 +1,33 @@
-"""Measure a compressed model beside its base: tasks, divergence, cost; then the report.
-
-The base is measured once per digest and protocol and cached. Both models are never in memory at the same time: the
-base's log-probabilities on the held-out windows lie in a file.
-"""
+"""Measure a compressed model beside its base, then write the report."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from compress import __version__
-from compress.calibration import load_tokenizer, read_text, window_length, windows
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, explain
-from compress.eval.baselines import baseline_directory, baseline_key, cached_baseline
-from compress.eval.cost import artifact_cost, measure_speed
-from compress.eval.fidelity import base_logprobs, compare
-from compress.eval.harness import check_tasks, evaluate
-from compress.eval.metrics import Metrics, Protocol, Report, merge, versions
+from compress.eval.baselines import baseline_directory
+from compress.eval.compare import Comparison, compare_models
+from compress.eval.harness import check_data, check_tasks
+from compress.eval.metrics import Metrics, Report, merge
+from compress.eval.reference import read_references, with_density
 from compress.eval.report import write_report
-from compress.manifest import Manifest
+from compress.gates import Gates
+from compress.judge import FACTS_TASK, Judge, layer_rows
+from compress.methods import did_you_mean
 from compress.passes import Pass
-from compress.progress import Progress, no_foreign_bars
+from compress.progress import Progress
 from compress.recipe import Evaluation, Recipe
 
-TEXT_TASK, FACTS_TASK = "demo_text", "demo_facts"
-
-
-def load_model(path: Path, dtype: torch.dtype, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """Open a checkpoint or artifact of any tier with transformers, for evaluation."""
-    from transformers import AutoModelForCausalLM
-
-    config = json.loads((path / "config.json").read_text())
-    if (config.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
-        # Its reader would give that dtype to some tensors only, and put everything on a GPU where there is one.
-        where: dict[str, Any] = {"dtype": "auto", "device_map": {"": device}}
-    else:
-        where = {"dtype": dtype}
-    model: Any = AutoModelForCausalLM.from_pretrained(path, **where, trust_remote_code=trust_remote_code)
-    return model.to(device).eval()
+TEXT_TASK = "demo_text"
 
 
 def bundled_tasks() -> Path:
@@ -73,7 +52,8 @@ def bundled_tasks() -> Path:
 def resolve_evaluation(evaluation: Evaluation, demo: bool) -> Evaluation:
     """Fill in what was left open: without tasks, the bundled held-out text, and for the demo model its facts.
 
-    Raises :class:`BadInput` for an unknown task, with the nearest name.
+    Raises :class:`BadInput` for an unknown task, with the nearest name, for local data that are not there, and for reference
+    models that were not measured.
     """
     tasks = evaluation.tasks or ((FACTS_TASK, TEXT_TASK) if demo else (TEXT_TASK,))
     include = evaluation.include
@@ -81,103 +61,35 @@ def resolve_evaluation(evaluation: Evaluation, demo: bool) -> Evaluation:
         include = (*include, str(bundled_tasks()))
     resolved = evaluation.model_copy(update={"tasks": tuple(tasks), "include": include})
     try:
-        check_tasks(resolved)  # reads names only
+        manager = check_tasks(resolved)  # reads names only
     except ValueError as error:
         raise BadInput(f"--tasks: {error}") from None
+    try:
+        check_data(resolved, manager)
+    except ValueError as error:
+        raise BadInput(f"--data: {error}") from None
+    _references(resolved)
     return resolved
 
 
-class Judge:
-    """Measures models on one protocol. evaluation: resolved. base: the uncompressed checkpoint."""
-
-    def __init__(self, evaluation: Evaluation, base: Checkpoint, name: str, dtype: torch.dtype, device: str, progress: Progress):
-        self.evaluation, self.base, self.name = evaluation, base, name
-        self.dtype, self.device, self.progress = dtype, device, progress
-        self.manager = check_tasks(evaluation)
-        self.tokenizer = load_tokenizer(base.path, base.config.vocab_size, base.trust_remote_code)
-        length = window_length(evaluation.length, base.config)
-        texts, source = read_text(evaluation.data, bundled="held_out")
-        self.windows = windows(
-            self.tokenizer,
-            texts,
-            source,
-            n=evaluation.windows,
-            length=length,
-            seed=evaluation.seed,
-            at_most=evaluation.data is None,
-        )
-        self.protocol = Protocol(
-            data=f"{source}, {len(self.windows.tokens)} windows", context_length=length, dtype=str(dtype).removeprefix("torch."),
-            device=device, seed=evaluation.seed, limit=evaluation.limit, n_shot=evaluation.n_shot, versions=versions(),
-        )  # fmt: skip
-        settings = evaluation.model_dump(mode="json") | {
-            "dtype": str(dtype),
-            "device": device,
-            "windows": self.windows.digest,
-        }
-        settings["name"] = name
-        self.key = baseline_key(base.digest, settings, include=evaluation.include)
-
-    def base_metrics(self) -> Metrics:
-        """The base model's measurements, from the cache where it was measured before."""
-        found = cached_baseline(self.key, lambda: self._measure(self.base.path, self._measure_base))
-        if not self._logprobs.exists():
-            with no_foreign_bars():
-                self._measure_base(load_model(self.base.path, self.dtype, self.device, self.base.trust_remote_code))
-        return found
-
-    def metrics(self, artifact: Path, label: str, name: str | None = None) -> Metrics:
-        """Measure an artifact. name: what it is to be called; its directory's name if left out."""
-        manifest = Manifest.read(artifact)
-
-        def finish(model: nn.Module) -> dict[str, Any]:
-            return {"fidelity": compare(model, self.windows.tokens, self._logprobs)}
-
-        found = self._measure(artifact, finish)
-        update: dict[str, Any] = {"label": label, "model": name or artifact.name}
-        if manifest is not None:
-            update |= {
-                "taxon": manifest.steps[-1].taxon,
-                "passes": tuple(step.label for step in manifest.steps),
-                "digest": manifest.weights_digest or "",
-            }
-        return found.model_copy(update=update)
-
-    @property
-    def _logprobs(self) -> Path:
-        return baseline_directory() / f"{self.key}.npy"
-
-    def _measure_base(self, model: nn.Module) -> dict[str, Any]:
-        base_logprobs(model, self.windows.tokens, self._logprobs)
-        return {}
-
-    def _measure(self, path: Path, finish: Callable[[nn.Module], dict[str, Any]]) -> Metrics:
-        self.progress(0, 1, f"evaluating {path.name if path != self.base.path else self.name}")
-        context = getattr(self.base.config, "max_position_embeddings", None)
-        with no_foreign_bars():
-            model = load_model(path, self.dtype, self.device, self.base.trust_remote_code)
-            more = finish(model)
-            tasks = evaluate(
-                model, self.tokenizer, self.evaluation, device=self.device, max_length=context, task_manager=self.manager
-            )
-            speed = measure_speed(model)
-        cost = artifact_cost(path, manifest_size(Manifest.read(path))).model_copy(update={"speed": speed})
-        return Metrics(
-            label=self.name, model=self.name, digest=self.base.digest, cost=cost, tasks=tasks, protocol=self.protocol, **more
-        )
+def _references(evaluation: Evaluation) -> list[Metrics]:
+    """The reference models' measurements. Raises :class:`BadInput` where they cannot be read."""
+    try:
+        return read_references(evaluation.references)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--reference: {explain(error)}") from None
 
 
-def manifest_size(manifest: Manifest | None) -> dict[str, Any]:
-    """Sizes that only the manifest knows; bits per weight are over the compressed matrices, scales and all."""
-    if manifest is None:
-        return {}
-    changed = [record for record in manifest.modules.values() if record.passes]
-    dense = sum(record.shape[0] * record.shape[1] for record in changed)
-    return {
-        "ideal_bytes": manifest.ideal_nbytes,
-        "parameters": manifest.dense_parameters,
-        "compressed_bits_per_weight": 8 * sum(record.nbytes for record in changed) / dense if dense else None,
-    }
+def _finished(report: Report, judge: Judge, directory: Path) -> Report:
+    """With densities where there are references; samples are written where they were asked for."""
+    judge.write_samples(directory)
+    references = _references(judge.evaluation)
+    if not references:
+        return report
+    try:
+        return with_density(report, references)
+    except ValueError as error:
+        raise BadInput(f"--reference: {error}") from None
 
 
 def evaluate_run(
@@ -189,7 +101,8 @@ def evaluate_run(
     evaluation = resolve_evaluation(recipe.evaluation, is_demo(base, name))
     judge = Judge(evaluation, base, Path(name).name, dtype, recipe.device, progress)
     report = Report(title=f"{Path(name).name}: {label}", base=judge.base_metrics(), command=command(recipe, name))
-    report = report.add(judge.metrics(artifact, label, out.name))
+    point = judge.metrics(artifact, label, out.name)
+    report = _finished(report.add(point.model_copy(update={"command": report.command})), judge, artifact)
     write_report(report, artifact, layers=layer_rows(artifact))
     return report.points[-1], report
 
@@ -207,51 +120,45 @@ def point_label(passes: tuple[Pass, ...]) -> str:
 def command(recipe: Recipe, name: str) -> str:
     """What reproduces a run, as typed in a shell."""
     words = ["compress", "run", name, *(step.label() for step in recipe.passes), "-o", "OUT"]
-    calibration, evaluation = recipe.calibration, recipe.evaluation
-    for flag, value, default in (
+    calibration = recipe.calibration
+    flags = [
         ("--calibration", calibration.data, None),
         ("--samples", calibration.samples, 128),
         ("--length", calibration.length, None),
-        ("--tasks", ",".join(evaluation.tasks) if evaluation else None, ""),
-        ("--limit", evaluation.limit if evaluation else None, None),
         ("--seed", recipe.seed, 0),
         ("--dtype", recipe.dtype, "auto"),
         ("--device", recipe.device, "cpu"),
-    ):
-        if value is not None and value != default:
-            words += [flag, str(value)]
-    return shlex.join(words)
-
-
-def layer_rows(artifact: Path) -> list[dict[str, Any]]:
-    """The report's per-layer table, from the manifest."""
-    manifest = Manifest.read(artifact)
-    shown = ("kind", "bits", "group_size", "rank", "sparsity", "weight_error", "output_error", "nbytes", "dense_nbytes")
-    modules = manifest.modules if manifest else {}
-    return [{"name": name} | {key: getattr(record, key) for key in shown} for name, record in modules.items()]
-
-
-def card_lines(metrics: Metrics, report: Report) -> list[str]:
-    """The model card's table of results."""
-    lines = ["| | base | compressed |", "|---|---|---|"]
-    lines.append(f"| bytes on disk | {report.base.cost.bytes_on_disk:,} | {metrics.cost.bytes_on_disk:,} |")
-    for name, score in metrics.tasks.items():
-        lines.append(f"| {name} ({score.primary}) | {report.base.tasks[name].value:.4g} | {score.value:.4g} |")
-    if metrics.fidelity is not None:
-        lines.append(f"| KL to base, nats/token | 0 | {metrics.fidelity.kl_mean:.4g} |")
-    protocol = metrics.protocol
-    lines += [
-        "",
-        f"Held-out text: {protocol.data} of {protocol.context_length} tokens; {protocol.dtype}, seed {protocol.seed}.",
     ]
-    return lines
+    return shlex.join(words + _typed(flags) + evaluation_flags(recipe.evaluation or Evaluation()))
+
+
+def evaluation_flags(evaluation: Evaluation) -> list[str]:
+    """The options of the command line that say how to measure."""
+    words = _typed([
+        ("--tasks", ",".join(evaluation.tasks), ""),
+        ("--limit", evaluation.limit, None),
+        ("--n-shot", evaluation.n_shot, None),
+        ("--batch-size", evaluation.batch_size, 8),
+        ("--data", evaluation.task_data, None),
+        ("--task-seed", evaluation.task_seed, None),
+    ])  # fmt: skip
+    own = str(baseline_directory().parent / "tasks")
+    repeated = [("--include", entry) for entry in evaluation.include if not entry.startswith(own)]
+    repeated += [("--reference", entry) for entry in evaluation.references]
+    return words + [word for pair in repeated for word in pair]
+
+
+def _typed(flags: list[tuple[str, object, object]]) -> list[str]:
+    return [word for flag, value, default in flags if value not in (None, default) for word in (flag, str(value))]
 
 
 def evaluate_artifact(
-    source: str, base: str | None, evaluation: Evaluation, device: str, dtype: str, out: Path | None, progress: Progress
-) -> Report:
+    source: str, base: str | None, evaluation: Evaluation, device: str, dtype: str, out: Path | None, progress: Progress,
+    *, gates: Gates | None = None,
+) -> Report:  # fmt: skip
     """Measure any checkpoint. base: what to compare with; by default the model that an artifact was made from, where it is
-    found, else nothing but the checkpoint itself. out: where to write the report, if anywhere."""
+    found, else nothing but the checkpoint itself. out: where to write the report, if anywhere. gates: to be checked on the
+    result, which must therefore be comparable."""
     from compress.pipeline import check_device, compute_dtype, stored_dtype
 
     check_device(device)
@@ -259,34 +166,62 @@ def evaluate_artifact(
     manifest = checkpoint.manifest
     if base is None and manifest is not None and (manifest.base == "demo" or Path(manifest.base).is_dir()):
         base = manifest.base
+    if base is None and gates is not None and gates.need_measuring:
+        raise BadInput(f"{' and '.join(gates.need_measuring)} need the base model, which was not found; name it with --base")
     reference = Checkpoint.open(base) if base else checkpoint
     name = base or source
     chosen = compute_dtype(dtype, device, stored_dtype(reference))
     resolved = resolve_evaluation(evaluation, is_demo(checkpoint, name))
     judge = Judge(resolved, reference, Path(name).name, chosen, device, progress)
-    report = Report(title=f"{Path(source).name}", base=judge.base_metrics(), command=shlex.join(["compress", "eval", source]))
+    flags = [("--base", base, manifest.base if manifest else None), ("--device", device, "cpu"), ("--dtype", dtype, "auto")]
+    typed = shlex.join(["compress", "eval", source, *_typed(flags), *evaluation_flags(evaluation)])
+    report = Report(title=f"{Path(source).name}", base=judge.base_metrics(), command=typed)
     if base is not None:
         label = " > ".join(step.label for step in manifest.steps) if manifest else Path(source).name
         report = report.add(judge.metrics(checkpoint.path, label))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+        report = _finished(report, judge, out)
         write_report(report, out, layers=layer_rows(checkpoint.path))
     return report
 
 
+def load_report(source: Path) -> Report:
+    """The measurements beside an artifact, or of a metrics.json file. Raises :class:`BadInput` where there are none."""
+    file = source / "metrics.json" if source.is_dir() else source
+    if not file.is_file():
+        raise BadInput(f"no measurements at {file}; run `compress eval` on it first")
+    try:
+        return Report.load(file)
+    except ValueError as error:
+        raise BadInput(f"{file}: not measurements that compress wrote: {explain(error)}") from None
+
+
+def compare_artifacts(a: str, b: str) -> Comparison:
+    """Compare two measured models: artifacts, or metrics.json files, each followed by ``#LABEL`` where it holds several points
+    (``#base``: the base model's). Raises :class:`BadInput` where they do not compare."""
+    (before, first), (after, second) = _measured(a), _measured(b)
+    try:
+        return compare_models(before, after, same_base=first.base.digest == second.base.digest)
+    except ValueError as error:
+        raise BadInput(f"{a} and {b}: {error}") from None
+
+
+def _measured(source: str) -> tuple[Metrics, Report]:
+    path, _, label = (source, "", "") if Path(source).exists() else source.partition("#")
+    report = load_report(Path(path))
+    models = {"base": report.base, report.base.label: report.base} | {point.label: point for point in report.points}
+    if label and label not in models:
+        raise BadInput(f"{path} has no model {label!r}{did_you_mean(label, models)}; there is {', '.join(models)}")
+    if not label and len(report.points) > 1:
+        raise BadInput(f"{path} has several models; write {path}#LABEL, with one of: {', '.join(models)}")
+    return models[label] if label else (*report.points, report.base)[0], report
+
+
 def chart_artifacts(sources: list[Path], out: Path) -> Path:
     """One report over the metrics.json of many artifacts. Raises :class:`BadInput` where they do not compare."""
-    files = [source / "metrics.json" if source.is_dir() else source for source in sources]
-    if absent := [str(file) for file in files if not file.is_file()]:
-        raise BadInput(f"no measurements at {', '.join(absent)}; run `compress eval` on it first")
-    reports = []
-    for file in files:
-        try:
-            reports.append(Report.load(file))
-        except ValueError as error:
-            raise BadInput(f"{file}: not measurements that compress wrote: {explain(error)}") from None
     try:
-        report = merge(reports)
+        report = merge([load_report(source) for source in sources])
     except ValueError as error:
         raise BadInput(f"these measurements do not go into one chart: {error}") from None
     out.mkdir(parents=True, exist_ok=True)

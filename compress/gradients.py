@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.block import Block
+from compress.errors import BadInput
+from compress.journal import block_part
 from compress.walk import Walk
 from compress.weights import Dense
+from compress.writer import BlockStore
+
+_JOINED = 64  # tokens in a row, of windows of one
 
 
 class Gradients(NamedTuple):
@@ -29,27 +34,26 @@ def gradients(walk: Walk, tokens: Tensor, *, squares: bool = False) -> Iterator[
 
     Layers are taken as dense matrices of the values that they have. Those of blocks that share them come once, with the sum of
     their gradients; of their squares the mixed terms are left out.
-    Memory: one block with its gradients, and what enters every block for these windows.
+    Memory: one block with its gradients, and what enters every block for these windows (on disk above a limit).
     """
     model = walk.skeleton
-    forward = Walk(model, tokens, walk.scratch, walk.progress)
-    hidden = []  # what enters every block, and what leaves the last
+    forward, n_blocks = Walk(model, tokens, walk.scratch, walk.progress), len(model.blocks)
+    hidden: Tensor | None = None  # what enters every block, and what leaves the last
     for block, entering, leaving in forward.blocks():
-        hidden.append(entering.clone())
-        if block.index == len(model.blocks) - 1:
-            hidden.append(leaving.clone())
-    ends = zip(tokens.split(1), hidden.pop().split(1), strict=True)
-    slopes = torch.cat([model.loss_slope(*each) for each in ends]) / len(tokens)
+        hidden = forward.room(n_blocks + 1, entering, "entering") if hidden is None else hidden
+        hidden[block.index], hidden[block.index + 1] = entering, leaving
+    assert hidden is not None
+    slopes = hidden[-1]  # from here on the gradient with regard to what it was
+    for window, rows in zip(tokens.split(1), slopes.split(1), strict=True):
+        rows.copy_(model.loss_slope(window, rows) / len(tokens))
     shared: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-    for index in reversed(range(len(hidden))):
+    for index in reversed(range(n_blocks)):
         weights = {local: weight.dense() for local, weight in model.read_weights(index).items()}
         block = Block(model, index, {local: Dense(matrix) for local, matrix in weights.items()}, model.read_others(index))
         model.block_arguments = forward.calls
         sums = shared.setdefault(model.owner(index), ({}, {}))
-        slopes = torch.cat([
-            _backward(block, rows, slope, len(tokens) if squares else 0, *sums)
-            for rows, slope in zip(hidden.pop().split(1), slopes.split(1), strict=True)
-        ])  # fmt: skip
+        for rows, slope in zip(hidden[index].split(1), slopes.split(1), strict=True):
+            slope.copy_(_backward(block, rows, slope, len(tokens) if squares else 0, *sums))
         if index == model.owner(index):
             yield Gradients(
                 block, {local: matrix.float().to(model.device) for local, matrix in weights.items()}, *shared.pop(index)
@@ -72,6 +76,28 @@ def _backward(
         if n_windows:  # the loss is a mean over windows: a window's own gradient is that many times its part
             squares[local] = own.square() * n_windows + squares.get(local, 0)
     return found[0].detach().cpu()
+
+
+@torch.no_grad()
+def write_fisher(walk: Walk, store: BlockStore) -> None:
+    """Store :attr:`LinearStats.fisher` of every layer, by block and local name; blocks that share layers have one entry. The
+    gradients are the model's own, as it is, on all windows; a rerun that finds them finished takes no others."""
+    model = walk.skeleton
+    if all(store.done(block_part(model.owner(index))) for index in range(len(model.blocks))):
+        return
+    for seen in gradients(walk, _in_sequences(walk.windows), squares=True):
+        store.write(block_part(seen.block.index), {local: squares.sum(0) for local, squares in seen.squares.items()}, {})
+
+
+def _in_sequences(windows: Tensor) -> Tensor:
+    """Windows in which something follows: those of one token each are joined."""
+    n_windows, length = windows.shape
+    if length == 1:
+        joined = min(n_windows, _JOINED)
+        windows = windows.flatten()[: n_windows // joined * joined].view(-1, joined)
+    if windows.shape[1] == 1:
+        raise BadInput("the calibration is one token; gradients need two in a row")
+    return windows
 
 
 @contextmanager

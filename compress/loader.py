@@ -1,8 +1,8 @@
 """Open an artifact whose layers stock transformers cannot express: low-rank pairs, sums, outliers, quantized Conv1D layers,
 layers of other shapes than their neighbours', blocks that share their weights, residual connections between bases.
 
-This file is also copied into such artifacts as ``modeling_compress.py``, with ``stored_layers.py`` beside it, so the two stand
-alone: torch and transformers only.
+This file is also copied into such artifacts as ``modeling_compress.py``, with ``stored_layers.py``, ``stored_codebooks.py`` and
+``stored_tables.py`` beside it, so they stand alone: torch and transformers only.
 The artifact's config is the base architecture's plus ``base_model_type``, ``compress_structure`` and ``compress_modules``, under
 a model type of its own, since a plain ``llama`` would silently re-initialise the matrices that it misses. The classes made here
 are subclasses of the base architecture's own config and model, so generation, caches and quantizers treat them as such.
@@ -18,19 +18,24 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from .stored_codebooks import CodebookLinear
 from .stored_layers import (
     AffineLinear,
     BilevelLinear,
     BitmaskGridLinear,
     BitmaskLinear,
     ColumnLinear,
+    OpenedLinear,
     OutlierLinear,
+    RowLinear,
     signs,
     spread,
-    unpack_bits,
+    tensor_train,
 )  # fmt: skip
+from .stored_tables import Lookup, Table, TableFactors, TableTrains, TiedHead
 
 MODEL_TYPE = "compress"
+_ROWS_OF_ONES = 1024  # that a matrix is read out with at a time
 
 
 class LowRankLinear(nn.Module):
@@ -88,45 +93,33 @@ class IncoherentLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Table(nn.Module):
-    """An embedding whose rows are codes times scales: packed (vocabulary, d * bits / 8), scale (vocabulary, n_groups).
-    factor: what rows are multiplied by when they are looked up, in families that do so."""
+class TensorTrainLinear(OpenedLinear):
+    """A chain of cores, linear layers (bond before * n_i -> m_i * bond after): each eats the inputs' next digit and puts out the
+    outputs' next one, for all other digits alike. rows: (m_1 ... m_c), columns: (n_1 ... n_c). opened: the matrix that they
+    make is multiplied out once, where computing with it is less work."""
 
-    packed: Tensor
-    factor: float | None = None
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, bits: int, n_groups: int, children: dict):
-        super().__init__()
-        self.bits = bits
-        self.register_buffer("packed", torch.empty(out_features, in_features * bits // 8, dtype=torch.uint8))
-        self.scale = nn.Parameter(torch.empty(out_features, n_groups), requires_grad=False)
-
-    def rows(self, packed: Tensor, scale: Tensor) -> Tensor:
-        """The rows (n, d) of those codes (n, d * bits / 8) and scales (n, n_groups)."""
-        codes = unpack_bits(packed.flatten(), self.bits, packed.numel() * 8 // self.bits).to(scale.dtype)
-        return (codes.view(*scale.shape, -1) * scale.unsqueeze(-1)).flatten(1)
+    def __init__(self, in_features: int, out_features: int, bias: bool, rows: list, columns: list, bonds: list, opened: int,
+                 children: dict):  # fmt: skip
+        super().__init__(in_features, out_features, bias)
+        self.rows, self.columns, self.opens = rows, columns, opened
+        sizes = zip(rows, columns, [1, *bonds], [*bonds, 1], strict=True)
+        self.cores = nn.ModuleList(
+            build(children.get(f"cores.{i}"), before * n, m * after, False) for i, (m, n, before, after) in enumerate(sizes)
+        )
 
     def matrix(self) -> Tensor:
-        """The (vocabulary, d) matrix."""
-        return self.rows(self.packed, self.scale)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids: (...) -> (..., d)."""
-        flat = ids.flatten()
-        found = self.rows(self.packed[flat], self.scale[flat]).view(*ids.shape, -1)
-        return found if self.factor is None else found * torch.tensor(self.factor, device=found.device).to(found.dtype)
-
-
-class TiedHead(nn.Module):
-    """A head without tensors of its own: it multiplies by the embedding's table."""
-
-    def __init__(self, table: Any):
-        super().__init__()
-        self.tables = (table,)  # in a tuple it is no child, whose tensors would be saved twice
+        return tensor_train([matrix_of(core) for core in self.cores], self.rows, self.columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., d) -> (..., vocabulary)."""
-        return nn.functional.linear(x, self.tables[0].matrix().to(x.dtype))
+        """x: (..., in) -> (..., out)."""
+        if self.opens and not any(core._forward_pre_hooks for core in self.cores):  # which want to see what enters a core
+            return super().forward(x)
+        y = x.reshape(-1, 1, self.in_features)  # tokens and outputs' digits; bond; inputs' digits that are left
+        for core, m, n in zip(self.cores, self.rows, self.columns, strict=True):
+            y = core(y.unflatten(2, (n, -1)).flatten(1, 2).transpose(1, 2))  # (tokens, rest, m * bond)
+            y = y.unflatten(2, (m, -1)).permute(0, 2, 3, 1).flatten(0, 1)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
 
 class SharedLinear(nn.Module):
@@ -184,12 +177,17 @@ KINDS: dict[str, Any] = {
     "sum": SumLinear,
     "outliers": OutlierLinear,
     "columns": ColumnLinear,
+    "rows": RowLinear,
     "affine": AffineLinear,
     "table": Table,
+    "table_factors": TableFactors,
+    "table_trains": TableTrains,
     "bilevel": BilevelLinear,
     "incoherent": IncoherentLinear,
     "bitmask": BitmaskLinear,
     "bitmask_grid": BitmaskGridLinear,
+    "tensor_train": TensorTrainLinear,
+    "codebook": CodebookLinear,
 }
 
 
@@ -207,6 +205,15 @@ def build(spec: dict | None, in_features: int, out_features: int, bias: bool) ->
     return module
 
 
+def matrix_of(module: Any) -> Tensor:
+    """The (out, in) matrix of a linear module without a bias: its weight where it is a plain one, else what it makes of ones."""
+    if type(module) is nn.Linear and hasattr(module, "weight"):
+        return module.weight
+    like, n_inputs = next(module.parameters()), linear_shape(module)[1]
+    ones = torch.eye(n_inputs, dtype=like.dtype if like.is_floating_point() else None, device=like.device)
+    return torch.cat([module(rows) for rows in ones.split(_ROWS_OF_ONES)]).T
+
+
 def linear_shape(module: Any) -> tuple[int, int]:
     """(out, in) of an nn.Linear, a Conv1D or a module of :func:`build`."""
     if hasattr(module, "spec"):
@@ -219,7 +226,7 @@ def reshape_module(module: nn.Module, spec: dict | None) -> nn.Module:
     """A new, uninitialised module of that ``spec`` that takes the place of a linear layer."""
     out_features, in_features = linear_shape(module)
     shaped = build(spec, in_features, out_features, getattr(module, "bias", None) is not None)
-    if isinstance(shaped, Table):
+    if isinstance(shaped, Lookup):
         shaped.factor = getattr(module, "scalar_embed_scale", None)
     return shaped
 

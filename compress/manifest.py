@@ -20,7 +20,9 @@ FILE = "compress_manifest.json"
 
 
 class Step(BaseModel):
-    """One pass that was applied. label: as on the command line. stage: passes of one stage shared one stream."""
+    """One pass that was applied. label: as on the command line. stage: passes of one stage shared one stream. training: of a
+    pass that trained: steps that are behind the weights, loss of the last step, held_out_loss of the weights and, as
+    (steps done, loss) each, held_out, all in nats per token."""
 
     method: str
     label: str
@@ -28,6 +30,7 @@ class Step(BaseModel):
     paper: str
     settings: dict[str, Any]
     stage: int
+    training: dict[str, Any] | None = None
 
 
 class ModuleRecord(BaseModel):

@@ -115,14 +115,19 @@ def summary(method: type[Pass]) -> str:
     return (inspect.getdoc(module) or inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ")
 
 
+def idea(method: type[Pass]) -> str:
+    """What a method does, in a sentence without its name and citation."""
+    return summary(method).partition(": ")[2].rsplit(" (", 1)[0].rstrip(".")
+
+
 def markdown() -> str:
     """The method table of the README."""
     lines = ["| method | family | taxonomy leaf | idea | paper |", "|---|---|---|---|---|"]
     for key, method in available().items():
         family = method.__module__.split(".")[1] if method.__module__.startswith("compress.") else "plug-in"
-        idea = summary(method).partition(": ")[2].rsplit(" (", 1)[0].rstrip(".").replace("|", "\\|")
+        told = idea(method).replace("|", "\\|")
         paper = f"[{method.paper}](https://arxiv.org/abs/{method.paper})" if method.paper[:4].isdigit() else method.paper
-        lines.append(f"| `{key}` | {family} | {method.taxon.value} | {idea} | {paper} |")
+        lines.append(f"| `{key}` | {family} | {method.taxon.value} | {told} | {paper} |")
     return "\n".join(lines)
 
 

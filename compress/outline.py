@@ -12,6 +12,7 @@ from compress.export import layers
 from compress.passes import BlockPass, ModelPass, Pass, StreamPass
 from compress.skeleton import Skeleton
 from compress.train_pass import TrainPass
+from compress.trainable import outline_trained
 from compress.weights import Coded, Composed, Weight, opened, spec_of
 from compress.weights.composed import unmasked
 
@@ -59,7 +60,8 @@ class Outline:
                 name = self.skeleton.module_name(index, local)
                 if isinstance(step, TrainPass) or (isinstance(step, StreamPass) and step.matches(name)):
                     try:
-                        block[local] = step.outline(opened(before)) if isinstance(step, TrainPass) else outline(step, before)
+                        is_training = isinstance(step, TrainPass)
+                        block[local] = outline_trained(step, name, opened(before)) if is_training else outline(step, before)
                     except ValueError as error:
                         raise BadInput(f"{step.label()} at {name}: {error}") from None
                     yield name, before, block[local]

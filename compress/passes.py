@@ -42,7 +42,8 @@ class Taxon(str, Enum):
 class Needs(NamedTuple):
     """What a pass asks the engine for, before any compute.
 
-    stats: names of :class:`compress.stats.LinearStats` sums ("sum", "sqnorm", "absmax", "hessian", "covariance", ...).
+    stats: names of :class:`compress.stats.LinearStats` sums ("sum", "sqnorm", "absmax", "hessian", "covariance", ...). All are
+    of the inputs that a layer meets, but "fisher", which is of the model's gradients before the stage.
     teacher: whether a training pass is given the signal of the uncompressed model, and whether a block pass's ``reference`` is
     of that model, and not of what the stage began with.
     states: whether the signals of a training pass hold what enters every block.
@@ -55,6 +56,11 @@ class Needs(NamedTuple):
     inputs: bool = False
     reference: bool = False
     states: bool = False
+
+    @property
+    def captured(self) -> frozenset[str]:
+        """The statistics that are gathered from the inputs of layers as the stage goes on."""
+        return self.stats - {"fisher"}
 
 
 class Pass(BaseModel):

@@ -18,20 +18,23 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from compress.artifact import carry_records, write_artifact, write_card
+from compress.artifact import carry_records, write_artifact
 from compress.calibration import Windows, load_tokenizer, read_text, window_length, windows
+from compress.card import write_card
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, GateMissed
-from compress.gates import Gates
+from compress.gates import Checked, Gates, missed
 from compress.manifest import Manifest, Step, installed_versions
 from compress.passes import Pass, StreamPass
 from compress.plan import Plan, make_plan
+from compress.processes import carry_out
 from compress.progress import Progress, silent
 from compress.recipe import Calibration, Evaluation, Recipe
 from compress.records import Streamed
 from compress.skeleton import Skeleton
 from compress.stages import group, run_stage
 from compress.stream import check_targets
+from compress.teacher import open_teacher
 from compress.train_pass import TrainPass
 from compress.verify import Verification, save_probe, verify
 from compress.workspace import Workspace, check_not_source, check_output
@@ -42,7 +45,7 @@ log = logging.getLogger(__name__)
 
 class Result(BaseModel):
     """What a run made. path: the artifact. bytes: of its weight files. metrics: the compressed model's measurements, report:
-    these beside the base model's (both None where evaluation was off). report_path: report.html."""
+    these beside the base model's (both None where evaluation was off). report_path: report.html. checked: every gate."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -53,6 +56,7 @@ class Result(BaseModel):
     metrics: Any = None
     report: Any = None
     report_path: Path | None = None
+    checked: list[Checked] = []
 
     def lines(self) -> list[str]:
         """The result in words."""
@@ -82,6 +86,8 @@ class Result(BaseModel):
             "verification": self.verification.model_dump(mode="json"),
             "report": str(self.report_path) if self.report_path else None,
         }
+        if self.checked:
+            found["gates"] = {each.option.removeprefix("--"): each.told for each in self.checked}
         if self.metrics is not None:
             found["metrics"] = self.metrics.model_dump(mode="json")
         return found
@@ -149,9 +155,13 @@ def run(
     target = Path(target).expanduser()
     if not recipe.passes:
         raise BadInput("the recipe has no passes; `compress methods` lists what there is")
-    with _live(source, tokenizer, target) as path:
-        name = str(source) if isinstance(source, str | Path) else type(source).__name__
-        return _Run(recipe, path, name, target, overwrite, progress, gates or Gates()).execute()
+
+    def execute() -> Result:
+        with _live(source, tokenizer, target) as path:
+            name = str(source) if isinstance(source, str | Path) else type(source).__name__
+            return _Run(recipe, path, name, target, overwrite, progress, gates or Gates()).execute()
+
+    return carry_out(execute, recipe.device)
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -195,7 +205,7 @@ class _Run:
     def execute(self) -> Result:
         """All phases in order."""
         prepared = self._validate()
-        texts = "-".join(chosen.digest for chosen in (prepared, *self.training_windows.values()))
+        texts = "-".join(each.digest for each in (prepared, *self.training_windows.values(), *self.teachers.values()))
         identity = f"{self.recipe.fingerprint()}-{self.checkpoint.digest}-{texts}-{self.dtype}"
         with Workspace(self.out, identity, self.overwrite) as workspace:
             workspace.check_space(2 * (self.plan.predicted_bytes + (len(self.stages) - 1) * self.checkpoint.nbytes))
@@ -219,16 +229,18 @@ class _Run:
                 )
             manifest = Manifest.read(artifact)
             assert manifest is not None
-            write_card(artifact, manifest, _card_lines(metrics, report))
-            if missed := self.gates.missed(manifest.nbytes, metrics):
-                rejected = self.out.resolve().with_name(self.out.resolve().name + ".rejected")
-                workspace.publish(artifact, rejected)
-                raise GateMissed("; ".join(missed) + f". The artifact was kept as {rejected}")
-            workspace.publish(artifact, self.out)
-        return Result(
-            path=self.out, bytes=manifest.nbytes, manifest=manifest, verification=verification, metrics=metrics,
-            report=report, report_path=self.out / "report.html" if report is not None else None,
+            write_card(artifact, manifest, self.checkpoint.path, metrics, report)
+            checked = self.gates.checked(manifest.nbytes, metrics)
+            failure = missed(checked)
+            path = self.out.resolve().with_name(self.out.resolve().name + ".rejected") if failure else self.out
+            workspace.publish(artifact, path)
+        result = Result(
+            path=path, bytes=manifest.nbytes, manifest=manifest, verification=verification, metrics=metrics, checked=checked,
+            report=report, report_path=path / "report.html" if report is not None else None,
         )  # fmt: skip
+        if failure:
+            raise GateMissed(f"{failure}. The artifact was kept as {path}", result)
+        return result
 
     def _validate(self) -> Windows:
         """Everything that can be wrong with the request, before any compute; returns the calibration windows."""
@@ -255,6 +267,10 @@ class _Run:
             number: self._training_windows(stage[0], chosen)
             for number, stage in enumerate(self.stages) if isinstance(stage[0], TrainPass)
         }  # fmt: skip
+        self.teachers = {
+            number: open_teacher(step, self.checkpoint, self.tokenizer, self.training_windows[number].tokens.shape[1])
+            for number, (step, *_) in enumerate(self.stages) if isinstance(step, TrainPass)
+        }  # fmt: skip
         self.progress(0, 1, "checking the source's weights")
         self.checkpoint.check_finite()
         return chosen
@@ -272,8 +288,9 @@ class _Run:
 
     def _stage(self, source: Checkpoint, number: int, stage: list[Pass], directory: Path, chosen: Windows) -> None:
         store = BlockStore(directory / "blocks")
+        original, training = self.teachers.get(number, self.checkpoint), self.training_windows.get(number)
         skeleton, streamed = run_stage(
-            source, self.checkpoint, stage, chosen, self.training_windows.get(number), store, directory,
+            source, original, stage, chosen, training, store, directory,
             seed=self.recipe.seed, device=self.recipe.device, dtype=self.dtype, progress=self.progress,
         )  # fmt: skip
         carry_records(streamed, source.manifest)
@@ -283,14 +300,13 @@ class _Run:
         self, skeleton: Skeleton, streamed: Streamed, store: BlockStore, source: Checkpoint, number: int, directory: Path,
         chosen: Windows,
     ) -> None:  # fmt: skip
-        done = [step for stage in self.stages[: number + 1] for step in stage]
-        where = {id(step): index for index, stage in enumerate(self.stages) for step in stage}
+        earlier = source.manifest.steps if source.manifest else []
         manifest = Manifest(
             base=self.lineage.base if self.lineage else self.name,
             base_digest=self.lineage.base_digest if self.lineage else self.checkpoint.digest,
             parent=self.name if self.lineage else None,
             parent_digest=self.checkpoint.digest if self.lineage else None,
-            steps=[*(self.lineage.steps if self.lineage else []), *(_step(step, where[id(step)]) for step in done)],
+            steps=[*earlier, *(_step(step, number, streamed.training) for step in self.stages[number])],
             calibration={
                 "source": chosen.source, "samples": len(chosen.tokens), "length": chosen.tokens.shape[1], "sha256": chosen.digest,
             },
@@ -311,8 +327,7 @@ class _Run:
         calibration = self.recipe.calibration
         data = step.data or calibration.data
         texts, origin = read_text(data, calibration.column, calibration.split, bundled="train")
-        wanted = step.steps * step.batch_size
-        return windows(self.tokenizer, texts, origin, n=wanted, length=length, seed=self.recipe.seed, at_most=True)
+        return windows(self.tokenizer, texts, origin, n=step.n_windows, length=length, seed=self.recipe.seed, at_most=True)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -347,19 +362,11 @@ def check_device(device: str) -> None:
         raise BadInput(f"--device {device}: not usable on this machine ({reason}); try --device cpu") from None
 
 
-def _step(step: Pass, stage: int) -> Step:
+def _step(step: Pass, stage: int, training: dict[str, Any] | None) -> Step:
     return Step(
         method=step.method(), label=step.label(), taxon=step.taxon.value, paper=step.paper,
-        settings=step.model_dump(mode="json"), stage=stage,
+        settings=step.model_dump(mode="json"), stage=stage, training=training,
     )  # fmt: skip
-
-
-def _card_lines(metrics: Any, report: Any) -> list[str]:
-    if metrics is None:
-        return []
-    from compress.evaluation import card_lines
-
-    return card_lines(metrics, report)
 
 
 def _live(source: str | Path | nn.Module, tokenizer: Any, out: Path):

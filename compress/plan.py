@@ -6,6 +6,7 @@ estimates, the latter from the machine's own speed at a matrix product.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -21,11 +22,12 @@ from compress.passes import Pass, StreamPass
 from compress.records import grids
 from compress.skeleton import Skeleton
 from compress.train_pass import TrainPass
-from compress.weights import Coded, Composed, Weight
+from compress.weights import Affine, Coded, Composed, Weight
 from compress.weights.composed import settled, unmasked
 
 _HEADER_BYTES_PER_TENSOR = 52  # of its entry in the header, without its name and the two offsets
 _FORWARD_TOKENS = 4096
+_BEST_RATIO = 2.5  # of a teacher's parameters to its student's
 
 
 class PlannedPass(BaseModel):
@@ -80,10 +82,16 @@ def make_plan(
 ) -> Plan:
     """Plan ``stages`` (passes grouped as the pipeline runs them). Raises BadInput for a result that no reader would open."""
     outlined, planned, warnings = Outline(Skeleton(checkpoint)), [], []
-    peak, operations = 0, 0.0
+    peak, operations, n_original = 0, 0.0, n_parameters(outlined)
     for index, stage in enumerate(stages):
-        peak = max(peak, _stage_peak(outlined.skeleton, stage, samples, length, dtype))
-        operations += _stage_operations(outlined.skeleton, stage, samples, length)
+        if isinstance(stage[0], TrainPass):
+            n_student, n_teacher = n_parameters(outlined), _n_teacher(stage[0], n_original)
+            peak = max(peak, _training_peak(outlined.skeleton, stage[0], n_student, n_teacher, length))
+            operations += _training_operations(stage[0], n_student, n_teacher, length)
+            warnings += _capacity_gap(stage[0], n_student, n_teacher)
+        else:
+            peak = max(peak, _stage_peak(outlined.skeleton, stage, samples, length, dtype))
+            operations += _stage_operations(outlined.skeleton, stage, samples, length)
         for step in stage:
             planned.append(_planned(outlined.skeleton, step, index))
             warnings += _apply(outlined, step)
@@ -121,7 +129,7 @@ def _apply(outlined: Outline, step: Pass) -> list[str]:
     for _, before, weight in outlined.apply(step):
         seen.append(before)
         lost = "mask" if before.mask is not None and weight.mask is None else None
-        lost = "grid" if isinstance(before, Coded) and isinstance(weight, Composed) else lost
+        lost = "grid" if isinstance(before, Coded) and isinstance(weight, Composed) and not isinstance(weight, Affine) else lost
         if lost and not _has(weight, lost):
             given_up[lost] = given_up.get(lost, 0) + 1
     if isinstance(step, StreamPass) and step.surveys:
@@ -147,14 +155,10 @@ def _file_bytes(outlined: Outline, weights: dict[str, Weight]) -> int:
 def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int, dtype: torch.dtype) -> int:
     shapes = _block_shapes(skeleton)
     block = sum(rows * columns for rows, columns in shapes.values())
-    if isinstance(stage[0], TrainPass):  # master weights, gradients, two moments; the teacher
-        step = stage[0]
-        total = skeleton.checkpoint.nbytes // 2
-        activations = 34 * step.batch_size * (step.length or length) * max(columns for _, columns in shapes.values())
-        return 4 * total * (4 + step.needs.teacher) + 4 * activations * len(skeleton.blocks)
     needs = frozenset().union(*(step.needs.stats for step in stage))
     hidden = skeleton.checkpoint.config.hidden_size
-    activations = min(samples * length * hidden * dtype.itemsize, 1 << 28) if needs else 0
+    n_copies = bool(needs or any(step.needs.inputs for step in stage)) + any(step.needs.reference for step in stage)
+    activations = n_copies * min(samples * length * hidden * dtype.itemsize, 1 << 28)  # what is above lies on disk
     width = max(max(shape) for shape in shapes.values())
     forward = 6 * _FORWARD_TOKENS * width * dtype.itemsize if needs else 0
     inputs = {group: shapes[group[0]][1] for group in skeleton.arch.groups}
@@ -167,10 +171,6 @@ def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length:
 def _stage_operations(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int) -> float:
     shapes = _block_shapes(skeleton)
     block = sum(rows * columns for rows, columns in shapes.values())
-    if isinstance(stage[0], TrainPass):
-        step = stage[0]
-        seen = step.steps * step.batch_size * (step.length or 512)
-        return len(skeleton.blocks) * 2.0 * block * seen * (3 + step.needs.teacher)
     needs = frozenset().union(*(step.needs.stats for step in stage))
     per_token = 4.0 * block if needs else 0.0
     if needs & {"hessian", "covariance"}:
@@ -180,6 +180,48 @@ def _stage_operations(skeleton: Skeleton, stage: Sequence[Pass], samples: int, l
     )
     learned = sum(step.learning_tokens(samples, length) for step in stage if isinstance(step, StreamPass))
     return len(skeleton.blocks) * (per_token * samples * length + 6.0 * block * learned + solve * len(stage))
+
+
+def n_parameters(outlined: Outline) -> int:
+    """Numbers that the outlined model computes with; zeros of masks count."""
+    weights = outlined.linears() | outlined.tables
+    others = [*outlined.outer.values(), *(tensor for block in outlined.others for tensor in block.values())]
+    return sum(unmasked(weight).numel for weight in weights.values()) + sum(tensor.numel() for tensor in others)
+
+
+def _n_teacher(step: TrainPass, n_original: int) -> int:
+    """Parameters of the model that teaches; 0: none does."""
+    if step.teacher is not None:
+        return n_parameters(Outline(Skeleton(Checkpoint.open(step.teacher))))
+    return n_original if step.needs.teacher else 0
+
+
+def _training_peak(skeleton: Skeleton, step: TrainPass, n_student: int, n_teacher: int, length: int) -> int:
+    """Bytes: float32 masters, gradients, two moments, what early stop keeps; the teacher; activations; a chunk of logits."""
+    width = max(columns for _, columns in _block_shapes(skeleton).values())
+    n_tokens = step.batch_size // step.accumulate * (step.length or length)
+    kept_blocks = 1 + len(skeleton.blocks) / 34 if step.checkpointing else len(skeleton.blocks)
+    logits = 6 * min(n_tokens, 256) * skeleton.checkpoint.config.vocab_size
+    trained = n_student * (4 + (step.patience is not None)) + int(34 * n_tokens * width * kept_blocks) + logits
+    return 4 * (max(trained, n_teacher) if step.cache else trained + n_teacher)
+
+
+def _training_operations(step: TrainPass, n_student: int, n_teacher: int, length: int) -> float:
+    n_tokens = step.steps * step.batch_size * (step.length or length)
+    return 2.0 * n_tokens * (n_student * (3 + step.checkpointing) + n_teacher)
+
+
+def _capacity_gap(step: TrainPass, n_student: int, n_teacher: int) -> list[str]:
+    """Advice where the teacher is too large to learn from: the law of capacity gap (Zhang et al., 2311.07052)."""
+    ratio = n_teacher / n_student
+    if ratio <= _BEST_RATIO:
+        return []
+    between = [n_teacher / _BEST_RATIO**power for power in range(1, math.ceil(math.log(ratio, _BEST_RATIO) - 1e-9))]
+    ladder = " -> ".join(f"{size / 1e6:,.3g}M" for size in (n_teacher, *between, n_student))
+    return [
+        f"{step.label()}: the teacher has {ratio:.1f} times the student's parameters; one of about {_BEST_RATIO} times teaches "
+        f"best. Compress and distil in stages ({ladder}), or give one between the two (teacher=...)"
+    ]
 
 
 def _block_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:

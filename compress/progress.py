@@ -9,6 +9,8 @@ from contextlib import contextmanager, redirect_stderr
 from types import TracebackType
 
 Progress = Callable[[int, int, str], None]
+RESUMED = "resumed"
+"""The message of something that goes on from where an earlier run of it was interrupted."""
 
 
 def silent(done: int, total: int, message: str) -> None:
@@ -32,9 +34,9 @@ class Bar:
 
         self._bar = RichProgress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=Console(file=sys.stderr), transient=True, disable=not enabled,
+            console=Console(file=sys.stderr), transient=True, disable=not enabled, speed_estimate_period=600,
         )  # fmt: skip
-        self._title = title
+        self._title, self._total, self._done = title, 1, 0
 
     def __enter__(self) -> Bar:
         self._bar.start()
@@ -44,7 +46,11 @@ class Bar:
     def __call__(self, done: int, total: int, message: str) -> None:
         """Show ``done`` of ``total`` and what is happening."""
         label = f"{self._title}  {message}" if self._title else message
-        self._bar.update(self._task, completed=done, total=total, description=label)
+        if total != self._total or done < self._done or message == RESUMED:  # something else begins: its speed is not known yet
+            self._bar.reset(self._task, completed=done, total=total, description=label)
+        else:
+            self._bar.update(self._task, completed=done, description=label)
+        self._total, self._done = total, done
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()

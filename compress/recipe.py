@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
@@ -41,11 +41,22 @@ class Calibration(_Settings):
 class Evaluation(_Settings):
     """What is measured before and after. tasks: lm-eval task names; include: directories or files of local YAML tasks."""
 
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = Field(default=(), description="names of lm-eval's tasks, groups and tags, or patterns")
     limit: int | None = Field(default=None, ge=1, description="questions per task")
-    include: tuple[str, ...] = ()
-    batch_size: int = Field(default=8, ge=1)
-    n_shot: int | None = Field(default=None, ge=0)
+    include: tuple[str, ...] = Field(default=(), description="directories or files of local YAML tasks")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=8, description="of the tasks; auto: the largest that fits into the accelerator's memory"
+    )
+    n_shot: int | None = Field(default=None, ge=0, description="examples in the prompt; default: what each task says")
+    task_seed: int | None = Field(default=None, ge=0, description="seed of the tasks; default: lm-eval's own seeds")
+    task_data: str | None = Field(default=None, description="directory of data sets for lm-eval's own tasks, offline")
+    log_samples: bool = Field(default=False, description="write all that lm-eval logs of each question")
+    streamed: bool | None = Field(
+        default=None, description="read the model block by block; default: where it does not fit into memory"
+    )
+    references: tuple[str, ...] = Field(
+        default=(), description="metrics.json of dense models of one family, for effective parameters and density"
+    )
     windows: int = Field(default=16, ge=1, description="held-out windows for perplexity and divergence")
     length: int | None = Field(default=None, ge=2, description="tokens per held-out window; default: as for calibration")
     data: str | None = Field(default=None, description="held-out text; default: the bundled held-out text")

@@ -20,7 +20,7 @@ class Streamed:
     """records: what each linear layer became. reshaped: modules that need the shim loader. quantized: the packed linear
     modules, with meta tensors. probe: (tokens, logits) of the result in memory. config: changes to ``config.json``. cache: how
     readers round the KV cache. tables: what the embedding and the head became, where they are on grids. origins: of layers
-    that had other names before, which."""
+    that had other names before, which. training: of a stage that trained, what is told of it."""
 
     records: dict[str, ModuleRecord]
     reshaped: dict[str, dict[str, Any]]
@@ -30,6 +30,7 @@ class Streamed:
     cache: dict[str, Any] | None = None
     tables: dict[str, ModuleRecord] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
 
     def add(self, name: str, weight: Weight, record: ModuleRecord, conv1d: bool) -> None:
         """Take in one linear layer; conv1d: the architecture's own module is a Conv1D."""

@@ -10,15 +10,17 @@ import torch
 from compress.calibration import Windows
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
+from compress.gradients import write_fisher
 from compress.passes import CorrectionPass, ModelPass, Pass, StreamPass
 from compress.progress import Progress
 from compress.records import Streamed
 from compress.skeleton import Skeleton
-from compress.stream import Stream
+from compress.stream import FISHER, Stream
 from compress.surgery import operate
 from compress.survey import allocations
 from compress.train_pass import TrainPass
 from compress.training_stage import train_stage
+from compress.walk import Walk
 from compress.writer import BlockStore
 
 
@@ -53,13 +55,15 @@ def run_stage(
     if isinstance(first, TrainPass):
         assert training is not None
         return train_stage(
-            source, original, first, training.tokens, chosen.tokens, store, directory,
+            source, original, first, training, chosen.tokens, store, directory,
             seed=seed, device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
     if isinstance(first, ModelPass):
         return operate(source, first, chosen.tokens, store, directory, device=device, dtype=dtype, progress=progress)
     skeleton = Skeleton(source, device, dtype)
     passes = [step for step in stage if isinstance(step, StreamPass)]
+    if any("fisher" in step.needs.stats for step in passes):
+        write_fisher(Walk(skeleton, chosen.tokens, directory, progress), BlockStore(directory / FISHER))
     allotted = allocations(skeleton, passes, chosen.tokens, directory, progress)
     teaches = source is not original and any(step.needs.teacher for step in passes)
     stream = Stream(

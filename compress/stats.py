@@ -15,9 +15,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-STATISTICS = ("sum", "sqnorm", "abssum", "absmax", "hessian", "covariance")
+STATISTICS = ("sum", "sqnorm", "abssum", "absmax", "hessian", "covariance", "cross", "fisher")
 """sum, sqnorm, abssum: sums of x, x^2 and |x|; absmax: max |x|, all of shape (in,), float32. hessian: sum of x x^T, (in, in),
-float32; covariance: the same sum kept in float64. A covariance gives a Hessian, and a Hessian its diagonal, sqnorm."""
+float32; covariance: the same sum kept in float64. A covariance gives a Hessian, and a Hessian its diagonal, sqnorm.
+cross: sum of r x^T, (in, in) float64, r being what x was when the stage began, before any layer was compressed.
+fisher: (in,) float32, of one layer and not of all that share its input: how much the loss depends on the weights that read each
+input, the sum over these of the mean over the windows of the squared gradient; see :func:`compress.gradients.write_fisher`."""
 
 # Narrower panels waste the processor, wider ones the symmetry; measured at 256 to 4096 inputs on two cores.
 _LEAST_PANEL, _MOST_PANEL = 256, 512
@@ -40,6 +43,8 @@ class LinearStats:
             raise ValueError(f"unknown statistics {sorted(unknown)}; known: {', '.join(STATISTICS)}")
         self._sums: dict[str, Tensor] = {}
         self._factors: dict[Hashable, Any] = {}
+        if "cross" in self.allowed:
+            self._sums["cross"] = torch.zeros(n_inputs, n_inputs, dtype=torch.float64, device=device)
         if "covariance" in self.allowed:
             self._sums["covariance"] = torch.zeros(n_inputs, n_inputs, dtype=torch.float64, device=device)
         elif "hessian" in self.allowed:
@@ -50,9 +55,13 @@ class LinearStats:
             if name in self.allowed:
                 self._sums[name] = torch.zeros(n_inputs, device=device)
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs x of shape (..., in), any floating dtype."""
+    def add(self, x: Tensor, before: Tensor | None = None) -> None:
+        """Add inputs x of shape (..., in), any floating dtype; before: for "cross", of the same shape, what they were when the
+        stage began."""
         x = x.reshape(-1, self.n_inputs)
+        if before is not None:
+            kind = _summed_in(x)
+            self._sums["cross"] += before.reshape(x.shape).to(x.device, kind).T @ x.to(kind)
         self.n += x.shape[0]
         self._factors.clear()
         for rows in x.split(_ROWS_PER_SUM):
@@ -89,7 +98,7 @@ class LinearStats:
             raise AttributeError(f"statistic {name!r} was not gathered (gathered: {sorted(self._sums)})")
         if name == "sqnorm" and value.dim() == 2:
             value = value.diagonal()
-        return value if name == "covariance" else value.float()
+        return value if name in ("covariance", "cross") else value.float()
 
     @property
     def hessian(self) -> Tensor:
@@ -102,6 +111,11 @@ class LinearStats:
         if "covariance" in self.allowed and "covariance" not in self._sums:
             return self._sums["hessian"].double()
         return self._read("covariance")
+
+    @property
+    def cross(self) -> Tensor:
+        """sum r x^T, (in, in), of inputs r as they were when the stage began, summed in float64."""
+        return self._read("cross")
 
     @property
     def sum(self) -> Tensor:
@@ -122,6 +136,17 @@ class LinearStats:
     def absmax(self) -> Tensor:
         """max |x|, (in,), float32."""
         return self._read("absmax")
+
+    @property
+    def fisher(self) -> Tensor:
+        """Sum over the outputs of the mean squared gradient, (in,), float32."""
+        return self._read("fisher")
+
+    def with_fisher(self, fisher: Tensor) -> LinearStats:
+        """The same sums (and cached factors) beside one layer's own ``fisher``, (in,)."""
+        view = self.only(self.allowed | {"fisher"})
+        view._sums = self._sums | {"fisher": fisher.to(self.device)}
+        return view
 
     def cached(self, key: Hashable, compute: Callable[[], T]) -> T:
         """``compute()``, done once per key: layers that share an input share its Cholesky factor too."""
@@ -145,13 +170,13 @@ class LinearStats:
         return merged
 
     def through(self, matrix: Tensor) -> LinearStats:
-        """The statistics of y = matrix @ x, matrix (out, in): H becomes A H A^T and the sum A sum(x). abssum and absmax do
-        not transform."""
+        """The statistics of y = matrix @ x, matrix (out, in): H becomes A H A^T and the sum A sum(x). abssum, absmax and
+        fisher do not transform."""
         return self.mapped(lambda x: x @ matrix.to(x.dtype).T, matrix.shape[0])
 
     def mapped(self, linear: Callable[[Tensor], Tensor], n_outputs: int) -> LinearStats:
         """As :meth:`through`, for a linear map that is given as a function of rows: (n, in) to (n, n_outputs)."""
-        moved = LinearStats(n_outputs, self.allowed & {"sum", "sqnorm", "hessian", "covariance"}, self.device)
+        moved = LinearStats(n_outputs, self.allowed & {"sum", "sqnorm", "hessian", "covariance", "cross"}, self.device)
         moved.n, moved._sums = self.n, {}
         if "sum" in self._sums:
             moved._sums["sum"] = linear(self._sums["sum"].unsqueeze(0)).squeeze(0)
@@ -159,6 +184,8 @@ class LinearStats:
         if source in self._sums:
             result = linear(linear(self._sums[source]).T)
             moved._sums[source] = (result + result.T) / 2
+            if "cross" in self._sums:
+                moved._sums["cross"] = linear(linear(self._sums["cross"]).T).T
         elif moved.allowed != {"sum"}:
             raise AttributeError("only a sum, a hessian or a covariance can be carried through a matrix")
         return moved
@@ -172,7 +199,8 @@ class LinearStats:
             if value.dim() == 2:
                 result._sums[name] = value * inverse[:, None] * inverse
             else:
-                result._sums[name] = value * {"sum": inverse, "sqnorm": inverse.square()}.get(name, inverse.abs())
+                powers = {"sum": inverse, "sqnorm": inverse.square(), "fisher": inverse.square()}
+                result._sums[name] = value * powers.get(name, inverse.abs())
         return result
 
     def permuted(self, order: Tensor) -> LinearStats:
@@ -185,13 +213,18 @@ class LinearStats:
         return result
 
 
+def _summed_in(rows: Tensor) -> torch.dtype:
+    """In which dtype products of rows are taken."""
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
 def _add_gram(total: Tensor, rows: Tensor) -> None:
     """Add rows^T rows to the upper triangle of total, by panels: a symmetric product needs little over half the work.
 
     Products are taken in float32, or float64 for float64 rows: of 16-bit factors they would come out in 16 bits.
     """
     n_inputs = rows.shape[1]
-    rows = rows if rows.dtype == torch.float64 else rows.float()
+    rows = rows.to(_summed_in(rows))
     width = min(max(_LEAST_PANEL, n_inputs // 4), _MOST_PANEL)
     for start in range(0, n_inputs, width):
         part, left, right = total[start : start + width, start:], rows[:, start : start + width].T, rows[:, start:]

@@ -3,6 +3,7 @@
 Artifacts that need them carry this file beside ``modeling_compress.py``, so it stands alone: torch only.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,26 @@ def spread(x: Tensor) -> Tensor:
         first, second = y.unflatten(-1, (2, -1)).unbind(-2)
         y = torch.stack((first + second, first - second), -1).flatten(-2)
     return (y.flatten(-2) * n**-0.5).to(x.dtype)
+
+
+def tensor_train(cores: list[Tensor], rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+    """The matrix (product of rows, product of columns) of a chain of cores, (m_i * bond after, bond before * n_i) each."""
+    total = cores[0].new_ones(1, 1, 1)  # outputs, bond, inputs
+    for core, m, n in zip(cores, rows, columns, strict=True):
+        core = core.view(m, len(core) // m, total.shape[1], n)
+        total = torch.einsum("obi,mabn->omain", total, core).flatten(3).flatten(0, 1)
+    return total.squeeze(1)
+
+
+def row_trains(values: Tensor, digits: Sequence[int], bonds: Sequence[int]) -> Tensor:
+    """The rows (n, product of digits) of chains of cores, (bond before, digit, bond after) each, that lie one after the other in
+    a row of values (n, numbers)."""
+    total, start = values[:, :0], 0
+    for size, before, after in zip(digits, [1, *bonds], [*bonds, 1], strict=True):
+        core = values[:, start : start + before * size * after].reshape(-1, before, size * after)
+        total = (total @ core if start else core).reshape(len(values), -1, after)
+        start += before * size * after
+    return total.squeeze(2)
 
 
 class StoredLinear(nn.Module):
@@ -109,6 +130,23 @@ class ColumnLinear(StoredLinear):
         return nn.functional.linear(x.index_select(-1, self.indices), self.values, self.bias)
 
 
+class RowLinear(StoredLinear):
+    """A matrix of few rows that are not zero: values (count, in) of the outputs ``indices`` (count,)."""
+
+    values: Tensor
+    indices: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, count: int, children: dict):
+        super().__init__(in_features, out_features, bias)
+        self.hold("values", torch.empty(count, in_features))
+        self.hold("indices", torch.empty(count, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.linear(x, self.values)
+        y = y.new_zeros(*x.shape[:-1], self.out_features).index_copy(-1, self.indices.long(), y)
+        return y if self.bias is None else y + self.bias
+
+
 class AffineLinear(StoredLinear):
     """A grid with fractional zeros: (codes - zero) * scale, with a scale and a zero per group of inputs of a row; whole: the
     zeros are integers."""
@@ -159,29 +197,11 @@ class BilevelLinear(StoredLinear):
         return ((codes - zero) * scale.unsqueeze(-1)).view(self.out_features, self.in_features)
 
 
-class BitmaskLinear(StoredLinear):
-    """A sparse matrix: a bitmap, and the kept entries (count,) row by row. Opened once, when it is first used: from then on it
-    computes as fast as a dense layer, and takes that much more memory; what is saved stays packed."""
+class OpenedLinear(StoredLinear):
+    """A layer whose matrix is worked out once, when it is first used: from then on it computes as fast as a dense layer, and
+    takes that much more memory; what is saved stays as it is."""
 
-    values: Tensor
-    bitmap: Tensor
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, count: int, children: dict):
-        super().__init__(in_features, out_features, bias)
-        self.opened: Any = None
-        self.hold("bitmap", torch.empty(-(-out_features * in_features // 8), dtype=torch.uint8))
-        self.hold_entries(count)
-
-    def hold_entries(self, count: int) -> None:
-        self.hold("values", torch.empty(count))
-
-    def placed(self, entries: Tensor, elsewhere: Tensor) -> Tensor:
-        """The matrix (out, in) of these entries where the bitmap is set."""
-        kept = bits_of(self.bitmap, self.out_features * self.in_features).bool()
-        return elsewhere.masked_scatter(kept.view(self.out_features, self.in_features), entries)
-
-    def matrix(self) -> Tensor:
-        return self.placed(self.values, self.values.new_zeros(self.out_features, self.in_features))
+    opened: Any = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.opened = None  # moving and casting give the same parameters other contents
@@ -196,6 +216,29 @@ class BitmaskLinear(StoredLinear):
             with torch.inference_mode(False), torch.no_grad():
                 self.opened = held, state, self.matrix()  # holding the tensors, so that no other gets their ids
         return nn.functional.linear(x, self.opened[2], self.bias)
+
+
+class BitmaskLinear(OpenedLinear):
+    """A sparse matrix: a bitmap, and the kept entries (count,) row by row."""
+
+    values: Tensor
+    bitmap: Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, count: int, children: dict):
+        super().__init__(in_features, out_features, bias)
+        self.hold("bitmap", torch.empty(-(-out_features * in_features // 8), dtype=torch.uint8))
+        self.hold_entries(count)
+
+    def hold_entries(self, count: int) -> None:
+        self.hold("values", torch.empty(count))
+
+    def placed(self, entries: Tensor, elsewhere: Tensor) -> Tensor:
+        """The matrix (out, in) of these entries where the bitmap is set."""
+        kept = bits_of(self.bitmap, self.out_features * self.in_features).bool()
+        return elsewhere.masked_scatter(kept.view(self.out_features, self.in_features), entries)
+
+    def matrix(self) -> Tensor:
+        return self.placed(self.values, self.values.new_zeros(self.out_features, self.in_features))
 
 
 class BitmaskGridLinear(BitmaskLinear):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -24,9 +24,10 @@ from compress.journal import OUTER, block_part, collect_records, read_block, wri
 from compress.manifest import ModuleRecord
 from compress.passes import BlockPass, CorrectionPass, LinearPass, Needs, StreamPass
 from compress.records import Streamed, describe, grids
+from compress.reference import Reference, incomparable
 from compress.skeleton import Skeleton
 from compress.stats import LinearStats
-from compress.weights import Composed, Incoherent, LowRank, Weight, assert_structure_kept, structure
+from compress.weights import Composed, Incoherent, LowRank, TensorTrain, Weight, assert_structure_kept, structure
 from compress.weights.composed import unmasked
 from compress.writer import BlockStore
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 _TOKENS_PER_FORWARD = 4096
 PROBE_SEQUENCES, PROBE_LENGTH = 2, 64
+FISHER = "fisher"  # where in ``scratch`` that statistic lies, block by block
 
 
 class _Enough(Exception):
@@ -46,7 +48,8 @@ class Stream:
 
     tokens: (n, length) calibration windows; of these only two short ones are used where no pass needs any. store:
     receives finished blocks. spill_bytes: activations above this go to memory-mapped files in ``scratch``. allocations:
-    for a pass that surveys the model first, the pass to apply to each layer, by name.
+    for a pass that surveys the model first, the pass to apply to each layer, by name. original: the uncompressed model, for
+    passes that compare with it; None: it is the skeleton's.
     """
 
     def __init__(
@@ -60,14 +63,19 @@ class Stream:
         spill_bytes: int = 1 << 28,
         progress: Progress = lambda done, total, message: None,
         allocations: dict[StreamPass, dict[str, LinearPass]] | None = None,
+        original: Skeleton | None = None,
     ):
         self.skeleton, self.store, self.scratch = skeleton, store, scratch
         self.spill_bytes, self.progress, self.allocations = spill_bytes, progress, allocations or {}
         self.passes, self.phases = passes, phases(passes)
         self.probe_tokens = tokens[:PROBE_SEQUENCES, :PROBE_LENGTH].contiguous()
         needs = [self.needs(step) for step in passes]
-        self.tokens = tokens if any(need.stats or need.inputs or need.reference for need in needs) else None
-        self.needs_reference = any(need.reference for need in needs)
+        self.tokens = tokens if any(need.captured or need.inputs or need.reference for need in needs) else None
+        self.fisher = BlockStore(scratch / FISHER) if any("fisher" in need.stats for need in needs) else None
+        self.needs_cross = any("cross" in need.stats for need in needs)
+        self.needs_reference = {need.teacher for need in needs if need.reference}  # of which models: the teacher's, the stage's
+        self.needs_reference |= {False} if self.needs_cross else set()
+        self.original = original
 
     def needs(self, step: StreamPass) -> Needs:
         """What a pass needs of this stream."""
@@ -88,7 +96,8 @@ class Stream:
         for index in range(n_blocks):
             part = block_part(index)
             self.progress(index, n_blocks, f"block {index + 1} of {n_blocks}")
-            self._propagate_reference(index)
+            for reference in {id(found): found for found in self.references.values()}.values():
+                reference.advance(index)
             block = read_block(self.store, self.skeleton, index) if self.store.done(part) else self._compress(index)
             self._propagate(index)
             collect_records(self.store, block, result)
@@ -108,24 +117,41 @@ class Stream:
     def _start_activations(self) -> None:
         skeleton = self.skeleton
         self.activations: Tensor | None = None
-        self.reference: Tensor | None = None
+        self.references: dict[bool, Reference] = {}  # by whether they are the teacher's
         if self.tokens is not None:
-            batch = max(1, _TOKENS_PER_FORWARD // self.tokens.shape[1])
-            batches = list(self.tokens.split(batch))
-            start = 0
-            for hidden in skeleton.embed(batches):
-                if self.activations is None:
-                    shape = (*self.tokens.shape, hidden.shape[-1])
-                    self.activations = self._allocate(shape, hidden.dtype, "activations")
-                self.activations[start : start + len(hidden)] = hidden.to("cpu")
-                start += len(hidden)
-            self.calls = skeleton.block_arguments
-            self.batch = batch
-            if self.needs_reference and self.activations is not None:
-                self.reference = self._allocate(tuple(self.activations.shape), self.activations.dtype, "reference")
-                self.reference.copy_(self.activations)
+            self.batch = max(1, _TOKENS_PER_FORWARD // self.tokens.shape[1])
+            self.activations, self.calls = self._embed(skeleton, self.tokens, "activations"), skeleton.block_arguments
+            self._start_references()
         self.probe = next(iter(skeleton.embed([self.probe_tokens]))).cpu()
         self.probe_calls = skeleton.block_arguments
+
+    def _embed(self, skeleton: Skeleton, tokens: Tensor, name: str) -> Tensor:
+        """What enters the first block, (n, length, d)."""
+        found, start = None, 0
+        for hidden in skeleton.embed(list(tokens.split(self.batch))):
+            if found is None:
+                found = self._allocate((*tokens.shape, hidden.shape[-1]), hidden.dtype, name)
+            found[start : start + len(hidden)] = hidden.to("cpu")
+            start += len(hidden)
+        assert found is not None
+        return found
+
+    def _start_references(self) -> None:
+        assert self.activations is not None and self.tokens is not None
+        if True in self.needs_reference and self.original is not None:
+            theirs = Reference(self.original, self._embed(self.original, self.tokens, "teacher"), self.batch)
+            if (reason := incomparable(self.original, theirs.outputs, self.skeleton, self.activations)) is None:
+                self.references[True] = theirs
+            else:
+                log.warning("the original, %s, has no blocks to compare with: those that the stage began with stand in", reason)
+        if self.needs_reference - self.references.keys():
+            shape, dtype, skeleton, inputs = tuple(self.activations.shape), self.activations.dtype, self.skeleton, None
+            if self.needs_cross:  # its blocks are held beside the compressed ones
+                skeleton = Skeleton(self.skeleton.checkpoint, self.skeleton.device, self.skeleton.dtype)
+                skeleton.block_arguments, inputs = self.calls, self._allocate(shape, dtype, "reference-inputs")
+            outputs = self._allocate(shape, dtype, "reference").copy_(self.activations)
+            own = Reference(skeleton, outputs, self.batch, inputs)
+            self.references |= dict.fromkeys(self.needs_reference - self.references.keys(), own)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
         n_elements = torch.Size(shape).numel()
@@ -134,16 +160,6 @@ class Stream:
         file = self.scratch / f"{name}.bin"
         log.info("calibration activations of %.1f GB go to %s", n_elements * dtype.itemsize / 1e9, file)
         return torch.from_file(str(file), shared=True, size=n_elements, dtype=dtype).reshape(shape)
-
-    def _propagate_reference(self, index: int) -> None:
-        """The block's outputs as it was when the stage began, for inputs that no compressed block has touched."""
-        if self.reference is None:
-            return
-        skeleton = self.skeleton
-        skeleton.load_block(index, skeleton.read_weights(index))
-        skeleton.block_arguments = self.calls
-        for rows in self.reference.split(self.batch):
-            rows.copy_(skeleton.run_block(index, rows))
 
     def _propagate(self, index: int) -> None:
         """Inputs of the next block, from the block as it is now."""
@@ -165,7 +181,7 @@ class Stream:
             write_block(self.store, block, {})
             return block
         block = Block(skeleton, index, skeleton.read_weights(index), skeleton.read_others(index))
-        block.inputs, block.targets = self.activations, self.reference
+        block.inputs = self.activations
         records: dict[str, ModuleRecord] = {}
         for phase in self.phases:
             if isinstance(phase[0], BlockPass):
@@ -185,9 +201,9 @@ class Stream:
                 stats = gathered.pop(group, None)
                 for local in group:
                     applied = [step for step in steps if step.matches(block.name(local))]
-                    original, weight = block.before[local], block.weights[local]
+                    original, weight, own = block.before[local], block.weights[local], self._with_fisher(block, local, stats)
                     for step in applied:
-                        weight = self._apply(step, block.name(local), weight, stats, original)
+                        weight = self._apply(step, block.name(local), weight, own, original)
                     if applied:
                         block.set(local, weight)
                     self._record(block, local, [step.label() for step in applied], stats, records)
@@ -198,6 +214,7 @@ class Stream:
         gathered = self._collect(block, [step], groups)
         if self.activations is not None:  # the pass may run the block, though it needs no statistics
             self.skeleton.block_arguments = self.calls
+        block.targets = self.references[step.needs.teacher].outputs if step.needs.reference else None
         block.stats = {local: stats.only(step.needs.stats) for group, stats in gathered.items() for local in group}
         kept = {local: structure(weight) for local, weight in block.weights.items()}
         block.open_bitmasks()
@@ -231,7 +248,8 @@ class Stream:
         skeleton = self.skeleton
         wanted = self._wanted(steps)
         names = {group: [block.name(local) for local in group] for group in groups}
-        wanted_groups = [g for g in groups if any(step.matches(n) for n in names[g] for step in steps if self.needs(step).stats)]
+        capturing = [step for step in steps if self.needs(step).captured]
+        wanted_groups = [group for group in groups if any(step.matches(name) for name in names[group] for step in capturing)]
         if self.activations is None or not wanted_groups:
             return {}
         factored = {g for g in wanted_groups if any(self._carries_statistics(steps, block, local) for local in g)}
@@ -242,20 +260,25 @@ class Stream:
 
         def hook(group: tuple[str, ...]):
             def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                gathered[group].add(inputs[0])
+                gathered[group].add(inputs[0], before.get(group[0]))
                 if group == wanted_groups[-1]:
                     raise _Enough
 
             return see
 
         handles = [block.module.get_submodule(group[0]).register_forward_pre_hook(hook(group)) for group in wanted_groups]
-        skeleton.block_arguments = self.calls
+        before: dict[str, Tensor] = {}
         try:
-            for rows in self.activations.split(self.batch):
-                try:
-                    skeleton.run_block(block.index, rows)
-                except _Enough:
-                    continue
+            with ExitStack() as stack:
+                entering = None
+                if "cross" in wanted:
+                    firsts = [group[0] for group in wanted_groups]
+                    entering = stack.enter_context(self.references[False].entering(block.index, firsts))
+                for number, rows in enumerate(self.activations.split(self.batch)):
+                    before = entering(number) if entering else before
+                    skeleton.block_arguments = self.calls
+                    with suppress(_Enough):
+                        skeleton.run_block(block.index, rows)
         finally:
             for handle in handles:
                 handle.remove()
@@ -265,7 +288,7 @@ class Stream:
 
     def _wanted(self, steps: Sequence[StreamPass]) -> frozenset[str]:
         """The statistics that passes on one capture need between them."""
-        wanted = frozenset().union(*(self.needs(step).stats for step in steps))
+        wanted = frozenset().union(*(self.needs(step).captured for step in steps))
         if wanted and any(isinstance(step, LinearPass) and step.factorises for step in steps):
             wanted |= {"hessian"}  # so that a later pass's statistics can be carried to the factors
         return wanted
@@ -278,6 +301,13 @@ class Stream:
                 return True
             weight = outline(self.allocations.get(step, {}).get(name, step), weight)
         return False
+
+    def _with_fisher(self, block: Block, local: str, stats: LinearStats | None) -> LinearStats | None:
+        """The statistics of a layer's inputs, beside its own of the model's gradients where a pass needs these."""
+        if self.fisher is None:
+            return stats
+        found = self.fisher.tensors(block_part(self.skeleton.owner(block.index)))[local]
+        return (stats or self._no_stats(len(found))).with_fisher(found)
 
     def _no_stats(self, n_inputs: int) -> LinearStats:
         return LinearStats(n_inputs, (), self.skeleton.device)
@@ -321,7 +351,7 @@ def phases(passes: Sequence[StreamPass]) -> list[list[StreamPass]]:
 def _has_factors(weight: Weight) -> bool:
     inner = unmasked(weight)
     children = inner.children().values() if isinstance(inner, Composed) else ()
-    return isinstance(inner, LowRank | Incoherent) or any(map(_has_factors, children))
+    return isinstance(inner, LowRank | TensorTrain | Incoherent) or any(map(_has_factors, children))
 
 
 def check_targets(passes: Sequence[StreamPass], names: Sequence[str]) -> None:

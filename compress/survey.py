@@ -43,7 +43,8 @@ class Survey(Stream):
             for group in self.skeleton.arch.groups if index not in self.skeleton.owners else ():
                 for local in group:
                     if step.matches(block.name(local)):
-                        found[block.name(local)] = self._measure(step, block, local, gathered.get(group))
+                        own = self._with_fisher(block, local, gathered.get(group))
+                        found[block.name(local)] = self._measure(step, block, local, own)
             self._propagate(index)
             self.skeleton.free_block(index)
         return found

@@ -8,17 +8,17 @@ this is E2E-QP, the second phase of EfficientQAT (2407.11062): integers frozen, 
 Models run in eval mode: the student is fitted to a fixed function, so dropout would only add noise, and without it
 nothing here draws random numbers except the order of the sequences. A run that was interrupted therefore resumes from
 its state file and ends with the same bits.
+
+A step's loss is the mean over all tokens that it predicts: parts of a batch, and the shares of processes, count by how many of
+these they have. So neither changes what is computed, but for the order of a sum.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,38 +26,46 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from safetensors import safe_open
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from compress.errors import BadInput, CompressError
-from compress.progress import Progress
+from compress.processes import refuse_sharding
+from compress.progress import RESUMED, Progress
 from compress.rollouts import Rollouts
-from compress.train_pass import Batch, Signal, TrainPass
-from compress.trainable import TrainableFactors, TrainableLinear, trainable_layers, write_back
-from compress.weights import Weight
-from compress.writer import save_tensors
+from compress.signals import check_head, signal_of
+from compress.teacher import CachedTeacher
+from compress.train_pass import Batch, TrainPass
+from compress.trainable import TrainableFactors, TrainableLinear, recomputed_blocks, trainable_layers, write_back
+from compress.training_state import STATE_FILE, Past, StateFile, Trainee, fingerprint
+from compress.weights import LowRank, Weight, spec_of
 
-logger = logging.getLogger(__name__)
-
-Parameters = Mapping[str, nn.Parameter]
-Layers = Mapping[str, TrainableLinear]
-STATE_FILE = "training.safetensors"
-"""Parameters, AdamW's moments, chosen masks and, in the header's metadata, the losses so far and what they belong to."""
+Teacher = PreTrainedModel | CachedTeacher
 
 
 class TrainResult(NamedTuple):
-    """weights: the trained representations, in their storage dtypes. history: loss of every step, in nats per token."""
+    """weights: the trained representations, in their storage dtypes. history: loss of every step, in nats per token.
+    held_out: (steps done, loss on the windows that were held out). n_steps: those behind the weights, fewer than there were where
+    an early stop went back to the best."""
 
     weights: dict[str, Weight]
     history: list[float]
+    held_out: list[tuple[int, float]]
+    n_steps: int
+
+    def summary(self) -> dict[str, Any]:
+        """What an artifact says about it, as plain JSON values; ``loss`` is the last step's."""
+        found: dict[str, Any] = {"steps": self.n_steps, "loss": self.history[-1]}
+        if self.held_out:
+            found |= {"held_out_loss": dict(self.held_out)[self.n_steps], "held_out": self.held_out}
+        return found
 
 
 def train(
     student: PreTrainedModel,
     weights: Mapping[str, Weight],
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
     tokens: Tensor,
     step: TrainPass,
     *,
@@ -67,16 +75,19 @@ def train(
     progress: Progress,
     save_every: int = 50,
     counted: Tensor | None = None,
+    tasks: Tensor | None = None,
 ) -> TrainResult:
     """Train a compressed model.
 
     student: a causal language model with all parameters in memory; trained in float32, with forward passes in bfloat16
-    on a GPU that has it. Afterwards its linear layers hold the dense values of the returned weights, and its other
-    trained parameters their new values, in their own dtypes. weights: the representation of each linear layer by the
-    full name of its module: an nn.Linear, a Conv1D, or for a low-rank weight a module with ``down`` and ``up``.
-    teacher: the uncompressed model, given back unchanged; None where the pass does not need one.
-    tokens: (n, length) int64; sequences are drawn without replacement, permutation after permutation. counted: of the same
-    shape, bool, the tokens that are to be predicted; None: all of them, but for the first of each sequence.
+    on a GPU that has it. Afterwards its linear layers hold the dense values of the returned weights, unless these have another
+    form than before, and its other trained parameters their new values, in their own dtypes. weights: the representation of
+    each linear layer by the full name of its module: an nn.Linear, a Conv1D, or for a low-rank weight a module with ``down`` and
+    ``up``. teacher: the uncompressed model, given back unchanged, or what was kept of one; None where the pass needs none.
+    tokens: (n, length) int64; sequences are drawn without replacement, permutation after permutation, from those that
+    are not held out. counted: of the same shape, bool, the tokens that are to be predicted; None: all of them, but for the
+    first of each sequence. A sequence of which none is to be predicted is left out. tasks: of that shape too, int8, for passes
+    that tell several apart.
     device: "cpu", "cuda", ...; of several processes (accelerate launch) each takes its own, and a share of the batches.
     directory: the state is saved there every ``save_every`` steps; a rerun with equal arguments resumes from it, and
     after the last step returns at once. The caller deletes it.
@@ -86,47 +97,49 @@ def train(
     """
     if step.needs.teacher and teacher is None:
         raise BadInput(f"{step.method()} needs the uncompressed model as a teacher, and none was given")
-    if tokens.shape[0] == 0 or tokens.shape[1] < 2:
+    used = torch.arange(len(tokens)) if counted is None else counted[:, 1:].any(1).nonzero().flatten()
+    if not len(used) or tokens.shape[1] < 2:
         raise BadInput(f"{step.method()} predicts a token from those before it: tokens {tuple(tokens.shape)} hold none")
     directory.mkdir(parents=True, exist_ok=True)
-    state = _State(directory / STATE_FILE, _fingerprint(weights, tokens, step, seed), save_every)
+    state = StateFile(directory / STATE_FILE, fingerprint(weights, tokens, counted, step, seed), save_every)
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(torch.device(device)))
         place = accelerator.device if accelerator.num_processes > 1 else torch.device(device)
-        layers = stack.enter_context(trainable_layers(student, weights, place))
+        forms = {name: _form(step, name, weight, seed) for name, weight in weights.items()}
+        layers = stack.enter_context(trainable_layers(student, forms, place))
         stack.enter_context(_borrowed(student, place, torch.float32))
-        _check_head(student, tokens[:1, :8].to(place))
-        if teacher is not None:
+        check_head(student, tokens[:1, :8].to(place))
+        if step.checkpointing:
+            stack.enter_context(recomputed_blocks(student))
+        if isinstance(teacher, PreTrainedModel):
             stack.enter_context(_borrowed(teacher, place))
-            _check_head(teacher, tokens[:1, :8].to(place))
+            check_head(teacher, tokens[:1, :8].to(place))
         objective = _Objective(student, teacher, step, tokens[:1, :8].to(place))
-        history = _run(accelerator, objective, Batch(tokens, counted), seed, state, progress)
-        trained = {name: layer.trained() for name, layer in layers.items()}
+        loop = _Loop(accelerator, objective, Batch(tokens, counted, rows=used, tasks=tasks), seed, state, progress)
+        past = loop.run()
+        trained = {name: _settled(step, name, layer.trained()) for name, layer in layers.items()}
     for name, weight in trained.items():
-        write_back(student.get_submodule(name), weight, layers[name].bias)
-    return TrainResult(trained, history)
+        if spec_of(weight) == spec_of(weights[name]):
+            write_back(student.get_submodule(name), weight, layers[name].bias)
+    return TrainResult(trained, past.losses, past.held_out, past.best_step if past.best else len(past.losses))
 
 
-def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The function from final hidden states (..., d) to logits (..., vocabulary) that the model's forward applies.
+def _form(step: TrainPass, name: str, weight: Weight, seed: int) -> Weight:
+    """The form in which a matrix is trained."""
+    if isinstance(weight, LowRank):
+        return LowRank(_form(step, f"{name}.down", weight.down, seed), _form(step, f"{name}.up", weight.up, seed))
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    return step.adapt(weight, generator) if step.trains_layer(name) else weight
 
-    Beside the output matrix: Cohere and Granite scale their logits, Gemma caps them softly at ``cap * tanh(x / cap)``.
-    """
-    config = model.config.get_text_config()
-    if (output := model.get_output_embeddings()) is None:
-        raise BadInput(f"a {config.model_type} model has no output head to train with")
-    scale = getattr(config, "logit_scale", None)
-    if scale is None and config.model_type.startswith("granite"):
-        scale = 1 / config.logits_scaling
-    cap = getattr(config, "final_logit_softcapping", None)
 
-    def head(hidden: Tensor) -> Tensor:
-        logits = output(hidden)
-        if scale is not None:
-            logits = logits * scale
-        return logits if cap is None else torch.tanh(logits / cap) * cap
-
-    return head
+def _settled(step: TrainPass, name: str, weight: Weight) -> Weight:
+    """What becomes of it afterwards."""
+    if isinstance(weight, LowRank):
+        return LowRank(_settled(step, f"{name}.down", weight.down), _settled(step, f"{name}.up", weight.up))
+    try:
+        return step.settle(weight)
+    except ValueError as error:
+        raise CompressError(f"{step.label()} at {name}: {error}") from None
 
 
 class _Objective(nn.Module):
@@ -135,7 +148,7 @@ class _Objective(nn.Module):
     tokens: (1, length), any, to see by how wide the models are.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, step: TrainPass, tokens: Tensor):
+    def __init__(self, student: PreTrainedModel, teacher: Teacher | None, step: TrainPass, tokens: Tensor):
         super().__init__()
         self.student, self.teacher, self.step = student, teacher, step
         with torch.no_grad():
@@ -143,104 +156,150 @@ class _Objective(nn.Module):
         if self.aids is not None:
             self.aids.to(tokens.device)
 
-    def _widths(self, model: PreTrainedModel | None, tokens: Tensor) -> tuple[int, ...]:
-        if model is None or not self.step.needs.states:
+    def _widths(self, model: Teacher | None, tokens: Tensor) -> tuple[int, ...]:
+        if not isinstance(model, PreTrainedModel) or not self.step.needs.states:
             return ()
-        return tuple(state.shape[-1] for state in _signal(model, Batch(tokens), states=True).states)
+        return tuple(state.shape[-1] for state in signal_of(model, Batch(tokens), states=True).states)
 
     def forward(self, batch: Batch) -> Tensor:
         states, teacher_signal = self.step.needs.states, None
-        if self.teacher is not None:
+        if isinstance(self.teacher, CachedTeacher):
+            teacher_signal = self.teacher.signal(batch)
+        elif self.teacher is not None:
             with torch.no_grad():
-                teacher_signal = _signal(self.teacher, batch, states)
-        return self.step.loss(_signal(self.student, batch, states), teacher_signal, batch._replace(aids=self.aids))
+                teacher_signal = signal_of(self.teacher, batch, states)
+        return self.step.loss(signal_of(self.student, batch, states), teacher_signal, batch._replace(aids=self.aids))
 
 
-def _signal(model: PreTrainedModel, batch: Batch, states: bool = False) -> Signal:
-    output = model.get_decoder()(input_ids=batch.tokens, use_cache=False, output_hidden_states=states)
-    hidden = batch.before_predicted(output.last_hidden_state)
-    return Signal(hidden, head_of(model), tuple(map(batch.before_predicted, output.hidden_states)) if states else ())
+class _Loop:
+    """A run of training, from the saved state if there is one. data: all windows, of which ``rows`` are used."""
 
+    def __init__(
+        self, accelerator: Accelerator, objective: _Objective, data: Batch, seed: int, state: StateFile, progress: Progress
+    ):
+        self.accelerator, self.objective, self.data, self.state, self.progress = accelerator, objective, data, state, progress
+        self.step, student = objective.step, objective.student
+        groups = _parameter_groups(student, self.step)
+        parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
+        if not parameters:
+            raise BadInput(f"{self.step.label()}: nothing in the model is trained by that; use trains=blocks, or other targets")
+        self.device = next(iter(parameters.values())).device
+        if objective.aids is not None:
+            groups.append({"params": list(objective.aids.parameters()), "share": 1.0, "weight_decay": 0.0})
+            parameters |= {f"aids.{name}": value for name, value in objective.aids.named_parameters()}
+        layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
+        self.trainee = Trainee(parameters, layers, torch.optim.AdamW(groups, lr=self.step.learning_rate))
+        self.past = state.load(self.trainee)
+        teacher = objective.teacher if isinstance(objective.teacher, PreTrainedModel) else None
+        past, gather = self.past, accelerator.gather
+        self.rollouts = Rollouts(student, teacher, seed, past.memory, gather, past.held_out)  # type: ignore[arg-type]
+        assert data.rows is not None
+        n_held_out = self.step.n_held_out(len(data.rows))
+        if self.step.patience and not n_held_out:
+            raise BadInput(f"{self.step.label()}: {len(data.rows)} windows are too few to hold some out; give more text")
+        order = torch.randperm(len(data.rows), generator=torch.Generator().manual_seed(seed))
+        self.held_out = data.rows[order[:n_held_out].sort().values]
+        self.batches = _batches(data.rows[order[n_held_out:].sort().values], self.step, seed, accelerator)
+        settings: Any = DistributedDataParallelKwargs(find_unused_parameters=objective.aids is not None)
+        accelerator.ddp_handler = settings
+        self.model, self.optimizer = accelerator.prepare(objective, self.trainee.optimizer)
 
-@torch.no_grad()
-def _check_head(model: PreTrainedModel, tokens: Tensor) -> None:
-    """Raise BadInput unless the hidden states and the head that training uses give the model's own logits."""
-    signal = _signal(model, Batch(tokens))
-    ours = signal.head(signal.hidden).float()
-    theirs = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
-    if not torch.allclose(ours, theirs, rtol=0, atol=0.02 * float(theirs.abs().max()), equal_nan=True):
-        raise BadInput(f"training does not know how a {model.config.model_type} model computes its logits")
+    def run(self) -> Past:
+        """Train to the end; the student is left with the parameters to keep."""
+        past, step = self.past, self.step
+        if past.losses:
+            self.progress(len(past.losses), step.steps, RESUMED)
+        elif len(self.held_out):
+            self._measure()
+        while len(past.losses) < step.steps and not past.stands_still(step.patience):
+            past.losses.append(self._train())
+            done = len(past.losses)
+            if len(self.held_out) and (done % step.evaluate_every == 0 or done == step.steps):
+                self._measure()
+            is_last = done == step.steps or past.stands_still(step.patience)
+            if self.accelerator.is_main_process and (done % self.state.save_every == 0 or is_last):
+                self.state.save(self.trainee, past)
+            held_out = f", held out {past.held_out[-1][1]:.4f}" if past.held_out else ""
+            self.progress(done, step.steps, f"loss {past.losses[-1]:.4f}{held_out}")
+        with torch.no_grad():
+            for name, value in past.best.items():
+                self.trainee.parameters[name].copy_(value)
+        return past
 
-
-def _run(
-    accelerator: Accelerator, objective: _Objective, data: Batch, seed: int, state: _State, progress: Progress
-) -> list[float]:
-    """Train what asks for gradients in the objective's student, from the saved state if there is one."""
-    step, student = objective.step, objective.student
-    groups = _parameter_groups(student, step)
-    parameters = {name: value for name, value in student.named_parameters() if value.requires_grad}
-    if parameters and objective.aids is not None:
-        groups.append({"params": list(objective.aids.parameters()), "share": 1.0, "weight_decay": 0.0})
-        parameters |= {f"aids.{name}": value for name, value in objective.aids.named_parameters()}
-    layers = {name: module for name, module in student.named_modules() if isinstance(module, TrainableLinear)}
-    if not parameters:
-        raise BadInput(f"{step.label()}: nothing in the model is trained by that; use trains=blocks, or other targets")
-    optimizer = torch.optim.AdamW(groups, lr=step.learning_rate)
-    history = _load_state(state, parameters, layers, optimizer)
-    if history:
-        progress(len(history), step.steps, "resumed")
-    batches = _batches(len(data.tokens), step, seed, accelerator)
-    rollouts = Rollouts(student, objective.teacher, seed)
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    for index in range(len(history), step.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["share"] * step.learning_rate_at(index)
-        _choose(step, index, layers)
-        loss = torch.zeros((), device=next(iter(parameters.values())).device)
-        for rows in batches[index]:
-            part_loss = model(_prepared(step, data, rows, index, rollouts, loss.device)) / step.accumulate
-            accelerator.backward(part_loss)
+    def _train(self) -> float:
+        """One step; returns its loss."""
+        index, accelerator = len(self.past.losses), self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["share"] * self.step.learning_rate_at(index)
+        _choose(self.step, index, self.trainee.layers)
+        with torch.no_grad():
+            parts = [self.step.prepare(self._batch(rows, index), self.rollouts) for rows in self.batches[index]]
+        n_predicted = float(accelerator.reduce(self._number(sum(len(part.targets) for part in parts)), "sum"))  # type: ignore
+        loss = self._number(0)
+        for number, part in enumerate(parts, 1):
+            share = len(part.targets) / n_predicted
+            with accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
+                part_loss = self.model(part) * share
+                accelerator.backward(part_loss * accelerator.num_processes)  # whose gradients are averaged
             loss += part_loss.detach()
-        done, mean_loss = index + 1, float(accelerator.reduce(loss, "mean"))  # type: ignore[arg-type]
-        norm = float(accelerator.clip_grad_norm_(parameters.values(), step.gradient_clip))  # type: ignore[arg-type]
+        mean_loss = float(accelerator.reduce(loss, "sum"))  # type: ignore[arg-type]
+        norm = float(accelerator.clip_grad_norm_(self.trainee.parameters.values(), self.step.gradient_clip))  # type: ignore
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise CompressError(
-                f"{step.method()}: loss {mean_loss:g}, gradient norm {norm:g} at step {done} of {step.steps}; "
-                f"try a smaller learning rate, such as learning_rate={step.learning_rate / 10:g}"
+                f"{self.step.method()}: loss {mean_loss:g}, gradient norm {norm:g} at step {index + 1} of {self.step.steps}; "
+                f"try a smaller learning rate, such as learning_rate={self.step.learning_rate / 10:g}"
             )
-        optimizer.step()
-        optimizer.zero_grad()
-        history.append(mean_loss)
-        if accelerator.is_main_process and (done % state.save_every == 0 or done == step.steps):
-            _save_state(state, parameters, layers, optimizer, history)
-        progress(done, step.steps, f"loss {mean_loss:.4f}")
-    return history
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return mean_loss
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """The mean loss over the tokens of the held-out windows, of which every process takes some: on the text as it is, and as
+        in the last step, so that measurements can be compared whatever a pass does in between."""
+        accelerator, done = self.accelerator, len(self.past.losses)
+        own = self.held_out[accelerator.process_index :: accelerator.num_processes]
+        total, n_predicted = self._number(0), self._number(0)
+        for rows in own.split(self.batches.shape[-1]):
+            part = self._batch(rows, self.step.steps - 1)
+            with accelerator.autocast():
+                total += self.objective(part) * len(part.targets)
+            n_predicted += len(part.targets)
+        total, n_predicted = accelerator.reduce(total, "sum"), accelerator.reduce(n_predicted, "sum")
+        is_best = self.past.measured(done, float(total / n_predicted))  # type: ignore[operator]
+        if is_best and self.step.patience:
+            self.past.best = {name: value.detach().to("cpu", copy=True) for name, value in self.trainee.parameters.items()}
+
+    def _batch(self, rows: Tensor, index: int) -> Batch:
+        tokens, counted, tasks = (
+            None if values is None else values[rows].to(self.device)
+            for values in (self.data.tokens, self.data.counted, self.data.tasks)
+        )
+        assert tokens is not None
+        return Batch(tokens, counted, index, rows=rows.to(self.device), tasks=tasks)
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.device)
 
 
-@torch.no_grad()
-def _prepared(step: TrainPass, data: Batch, rows: Tensor, index: int, rollouts: Rollouts, device: torch.device) -> Batch:
-    counted = None if data.counted is None else data.counted[rows].to(device)
-    return step.prepare(Batch(data.tokens[rows].to(device), counted, index), rollouts)
-
-
-def _choose(step: TrainPass, index: int, layers: Layers) -> None:
+def _choose(step: TrainPass, index: int, layers: Mapping[str, TrainableLinear]) -> None:
     """Let the pass say what each matrix is trained under from here on."""
-    for layer in layers.values():
+    for name, layer in layers.items():
         values = layer.values
-        mask = None if values is None else step.choose(index, values, layer.earlier)
+        mask = None if values is None or not step.trains_layer(name) else step.choose(index, values, layer.earlier)
         if mask is not None:
             layer.choose(mask)
 
 
-def _batches(n_sequences: int, step: TrainPass, seed: int, accelerator: Accelerator) -> Tensor:
-    """This process's sequences: (steps, accumulate, sequences), drawn from seeded permutations in a row."""
+def _batches(rows: Tensor, step: TrainPass, seed: int, accelerator: Accelerator) -> Tensor:
+    """This process's sequences of ``rows``: (steps, accumulate, sequences), drawn from seeded permutations in a row."""
     n_shares = step.accumulate * accelerator.num_processes
     if step.batch_size % n_shares:
         raise BadInput(f"batch_size={step.batch_size} is not a multiple of accumulate x processes, {n_shares}")
     generator = torch.Generator().manual_seed(seed)
     n_drawn = step.steps * step.batch_size
-    permutations = [torch.randperm(n_sequences, generator=generator) for _ in range(math.ceil(n_drawn / n_sequences))]
-    order = torch.cat(permutations)[:n_drawn]
+    permutations = [torch.randperm(len(rows), generator=generator) for _ in range(math.ceil(n_drawn / len(rows)))]
+    order = rows[torch.cat(permutations)[:n_drawn]]
     return order.view(step.steps, step.accumulate, accelerator.num_processes, -1)[:, :, accelerator.process_index]
 
 
@@ -288,6 +347,7 @@ def _accelerator(device: torch.device) -> Iterator[Accelerator]:
     """An Accelerator, and no trace of it: accelerate's process-wide dictionaries are put back afterwards."""
     shared = [state._shared_state for state in (AcceleratorState, PartialState, GradientState)]
     before = [dict(state) for state in shared]
+    refuse_sharding()
     try:
         for state in shared:
             state.clear()
@@ -297,61 +357,3 @@ def _accelerator(device: torch.device) -> Iterator[Accelerator]:
         for state, values in zip(shared, before, strict=True):
             state.clear()
             state.update(values)
-
-
-class _State(NamedTuple):
-    path: Path
-    fingerprint: str
-    save_every: int
-
-
-def _fingerprint(weights: Mapping[str, Weight], tokens: Tensor, step: TrainPass, seed: int) -> str:
-    """A digest of what a saved state belongs to: settings, data, and a row of every tensor of the weights."""
-    digest = hashlib.sha256(json.dumps([step.method(), step.model_dump(mode="json"), seed, tokens.shape]).encode())
-    digest.update(tokens.cpu().numpy().tobytes())
-
-    def add_first_row(tensor: Tensor) -> Tensor:
-        digest.update(tensor[:1].contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        return tensor
-
-    for name, weight in weights.items():
-        digest.update(f"{name} {type(weight).__name__} {weight.shape}".encode())
-        weight.map(add_first_row)
-    return digest.hexdigest()
-
-
-def _save_state(state: _State, parameters: Parameters, layers: Layers, optimizer: Optimizer, history: list[float]) -> None:
-    """Write what the next step depends on, aside and then in place; one file, so that no crash can mix two states."""
-    tensors = {f"parameter/{name}": value.detach() for name, value in parameters.items()}
-    for name, value in parameters.items():
-        tensors |= {f"{key}/{name}": moment for key, moment in optimizer.state.get(value, {}).items()}
-    tensors |= {f"mask/{name}": layer.chosen for name, layer in layers.items() if layer.chosen is not None}
-    aside = state.path.with_suffix(".part")
-    save_tensors(tensors, aside, {"training": json.dumps({"fingerprint": state.fingerprint, "history": history})})
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(state.path)
-
-
-@torch.no_grad()
-def _load_state(state: _State, parameters: Parameters, layers: Layers, optimizer: Optimizer) -> list[float]:
-    """Restore parameters, moments and masks; returns the losses of the steps that are done, [] where nothing was saved."""
-    if not state.path.exists():
-        return []
-    with safe_open(state.path, framework="pt") as file:
-        header = json.loads(file.metadata()["training"])
-        if header["fingerprint"] != state.fingerprint:
-            logger.warning("%s belongs to other settings, data or weights: training starts anew", state.path)
-            return []
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            kind, _, name = key.partition("/")
-            tensor = file.get_tensor(key)
-            if kind == "mask":
-                layers[name].choose(tensor.to(layers[name].masters[0].device))
-                continue
-            parameter = parameters[name]
-            if kind == "parameter":
-                parameter.copy_(tensor)
-            else:  # AdamW keeps its step counts, scalars, on the CPU
-                optimizer.state[parameter][kind] = tensor.to(parameter.device) if tensor.dim() else tensor
-    return header["history"]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from compress.activations import rounded
+from compress.arch import architecture
+from compress.train_pass import TrainPass
 from compress.weights import Coded, Composed, Dense, LowRank, Masked, Weight
 from compress.weights.composed import unmasked
 
@@ -26,9 +29,9 @@ class TrainableLinear(nn.Module):
     def __init__(self, weight: Weight, bias: Tensor | None, device: torch.device):
         super().__init__()
         self.original = weight
-        # Beside the masters only masks and codes are needed on the device: the old values stay where they are.
-        is_code = lambda tensor: not tensor.is_floating_point() or tensor.itemsize == 1  # noqa: E731
-        self.frame = weight.map(lambda tensor: tensor.to(device) if is_code(tensor) else tensor)
+        # On the device is needed what is not trained (masks, codes); of the rest there are masters, and the old values stay.
+        trained = {id(value) for value in weight.parameters().values()}
+        self.frame = weight.map(lambda tensor: tensor if id(tensor) in trained else tensor.to(device))
         self.masters = nn.ParameterList([_master(value, device) for value in weight.parameters().values()])
         self.bias = None if bias is None else _master(bias, device)
         self.earlier = self.frame.kept if isinstance(self.frame, Masked) else None
@@ -51,7 +54,8 @@ class TrainableLinear(nn.Module):
         inner = unmasked(self.original)
         if isinstance(inner, Coded) and inner.inputs:
             x = rounded(x, inner.inputs)
-        return F.linear(x, self.frame.rebuild(masters).dense(dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x, self.frame.rebuild(masters).dense(dtype), bias)
 
     def shares(self) -> list[tuple[nn.Parameter, float]]:
         """Each master, and by which share of the learning rate it moves."""
@@ -92,6 +96,13 @@ def trainable(weight: Weight, bias: Tensor | None, device: torch.device) -> Trai
     return layer(weight, bias, device)
 
 
+def outline_trained(step: TrainPass, name: str, weight: Weight) -> Weight:
+    """What a linear layer, a weight of meta tensors, will have become after training."""
+    if isinstance(weight, LowRank):
+        return LowRank(outline_trained(step, f"{name}.down", weight.down), outline_trained(step, f"{name}.up", weight.up))
+    return step.outline(weight) if step.trains_layer(name) else weight
+
+
 def _master(value: Tensor, device: torch.device) -> nn.Parameter:
     return nn.Parameter(value.detach().to(device, torch.float32, copy=True).contiguous())
 
@@ -110,6 +121,34 @@ def trainable_layers(
     finally:
         for name, module in originals.items():
             student.set_submodule(name, module)
+
+
+@contextmanager
+def recomputed_blocks(model: Any) -> Iterator[None]:
+    """Keep nothing of the model's decoder blocks for the backward pass but what enters them: they are then computed again.
+
+    The library's own way works in training mode only.
+    """
+    blocks = list(model.get_submodule(architecture(model.config.get_text_config().model_type).blocks))
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = _recomputed(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward  # the class's own is there again
+            if forward is not None:
+                block.forward = forward
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return run
 
 
 @torch.no_grad()

@@ -6,17 +6,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from compress.calibration import Windows
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.export import layers
 from compress.journal import OUTER, block_part
+from compress.processes import together
 from compress.progress import Progress
 from compress.records import Streamed, describe
 from compress.skeleton import Skeleton
 from compress.stream import PROBE_LENGTH, PROBE_SEQUENCES
-from compress.train import train
-from compress.train_pass import TrainPass
+from compress.teacher import cached_teacher
+from compress.train import Teacher, TrainResult, train
+from compress.train_pass import Batch, TrainPass
 from compress.weights import Weight, assert_structure_kept, structure
 from compress.writer import BlockStore
 
@@ -25,7 +29,7 @@ def train_stage(
     source: Checkpoint,
     original: Checkpoint,
     step: TrainPass,
-    tokens: Tensor,
+    training: Windows,
     probe: Tensor,
     store: BlockStore,
     directory: Path,
@@ -37,24 +41,19 @@ def train_stage(
 ) -> tuple[Skeleton, Streamed]:
     """Train ``source`` with ``step``; the ``original`` model is the teacher where it needs one.
 
-    tokens: (n, length) training windows. probe: windows whose first tokens give the logits to verify by.
+    training: windows to train on. probe: windows whose first tokens give the logits to verify by.
     Returns the skeleton and records of the result, like a stream. A rerun resumes at the last saved step.
     """
     if source.tables and step.trains == "everything":
-        raise BadInput(f"{step.label()}: the embedding is on a grid, which training would leave: train before, or trains=blocks")
-    student = Skeleton(source, device)
-    before = student.materialise()
-    teacher = Skeleton(original, device) if step.needs.teacher else None
-    if teacher is not None:
-        teacher.materialise()
-    after = train(
-        student.model, before, teacher.model if teacher else None, tokens, step,  # type: ignore[arg-type]
-        seed=seed, device=device, directory=directory, progress=progress,
-    ).weights  # fmt: skip
+        raise BadInput(f"{step.label()}: the embedding is compressed, and training would open it: train before, or trains=blocks")
+    if step.cache:
+        _teacher(original, step, training, device, progress)  # before the student takes up memory, and other processes ask
+    student, before, trained = together(_train, source, original, step, training, directory, seed, device, progress=progress)
+    after = trained.weights
     for name, weight in after.items():
         assert_structure_kept(f"{step.method()} at {name}", structure(before[name]), weight)
     others = _round_others(student)
-    result = Streamed({}, {}, {}, (probe, probe), cache=source.cache_scheme)
+    result = Streamed({}, {}, {}, (probe, probe), cache=source.cache_scheme, training=trained.summary())
     for index in range(len(student.blocks)):
         tensors: dict[str, Tensor] = {}
         for local in student.arch.linears if index not in student.owners else ():
@@ -73,6 +72,35 @@ def train_stage(
     store.write(OUTER, {name: others.get(name, tensor) for name, tensor in student.read_outer().items()}, {})
     result.probe = _probe(student, after, dtype, probe[:PROBE_SEQUENCES, :PROBE_LENGTH].contiguous())
     return student, result
+
+
+def _train(
+    source: Checkpoint, original: Checkpoint, step: TrainPass, training: Windows, directory: Path, seed: int, device: str,
+    progress: Progress,
+) -> tuple[Skeleton, dict[str, Weight], TrainResult]:  # fmt: skip
+    """The student, its weights before, and what came out: the part of the stage that processes share."""
+    student = Skeleton(source, device)
+    before = student.materialise()
+    teacher = _teacher(original, step, training, device, progress) if step.needs.teacher else None
+    if isinstance(teacher, PreTrainedModel):
+        picked = step.pick(student.model, teacher, Batch(training.tokens, training.counted), seed)
+        training = training if picked is None else training.only(picked)
+    result = train(
+        student.model, before, teacher, training.tokens, step,
+        seed=seed, device=device, directory=directory, progress=progress, counted=training.counted, tasks=training.tasks,
+    )  # fmt: skip
+    return student, before, result
+
+
+def _teacher(original: Checkpoint, step: TrainPass, training: Windows, device: str, progress: Progress) -> Teacher:
+    """The model that teaches, or what it predicts on the training windows."""
+
+    def load() -> PreTrainedModel:
+        skeleton = Skeleton(original, device)
+        skeleton.materialise()
+        return skeleton.model
+
+    return cached_teacher(original.digest, training.tokens, step.cache, load, progress) if step.cache else load()
 
 
 def _round_others(student: Skeleton) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Logit distillation: train the compressed model to predict what the original predicts (Hinton et al., 1503.02531).
 
-The loss is the forward divergence KL(teacher || student) between next-token distributions over the whole vocabulary, at
+The loss is a divergence between next-token distributions over the whole vocabulary, by default KL(teacher || student), at
 every token of plain text. Compared with the next-token loss it needs no labels, carries a whole distribution per token,
 and cannot pull the model away from the original towards the training text: its minimum is the original.
 """
@@ -12,29 +12,29 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from compress.distill.losses import chunked_forward_kl
-from compress.passes import Needs, Taxon
-from compress.train_pass import Batch, Signal, TrainPass
+from compress.distill.losses import cross_entropy, per_token
+from compress.distill.white_box import Divergent
+from compress.passes import Taxon
+from compress.train_pass import Batch, Signal
 
 
-class LogitKD(TrainPass):
-    """Forward KL to the uncompressed model's next-token distributions; see :class:`TrainPass` for the training fields.
-
-    temperature: T, dividing both models' logits. The loss is multiplied by T**2, as Hinton et al. do, so that the
-    learning rate means the same at every temperature. chunk: tokens whose logits exist at one time (memory is about
-    chunk * vocabulary * 4 bytes, a few times over).
+class LogitKD(Divergent):
+    """``cross_entropy`` of the next token's negative log-likelihood, the rest of T**2 times the divergence: Hinton et al.
+    multiply by it so that the learning rate means the same at every temperature. See :class:`TrainPass` for the training fields.
     """
 
     taxon: ClassVar[Taxon] = Taxon.WHITE_BOX
     paper: ClassVar[str] = "1503.02531"
-    needs: ClassVar[Needs] = Needs(teacher=True)
 
-    temperature: float = Field(1.0, gt=0, description="divides both models' logits")
-    chunk: int = Field(256, ge=1, description="tokens whose logits exist at one time")
+    cross_entropy: float = Field(0.0, ge=0, lt=1, description="share of the loss that is the text's own, not the teacher's")
 
     def loss(self, student: Signal, teacher: Signal | None, batch: Batch) -> Tensor:
-        """T**2 * mean over tokens of KL(teacher || student), in nats."""
-        if teacher is None:
-            raise ValueError("logit_kd compares with a teacher, and none was given")
-        total = chunked_forward_kl(student.hidden, student.head, teacher.hidden, teacher.head, self.temperature, self.chunk)
-        return self.temperature**2 * total / len(student.hidden)
+        """Mean over tokens, in nats."""
+
+        def mixed(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+            distilled = (1 - self.cross_entropy) * self.temperature**2 * self.measure(student_logits, teacher_logits)
+            if not self.cross_entropy:
+                return distilled
+            return distilled + self.cross_entropy * cross_entropy(student_logits, targets)
+
+        return per_token(mixed, student, self.given(teacher), batch.targets, chunk=self.chunk).mean()

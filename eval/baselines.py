@@ -41,14 +41,16 @@ def baseline_key(digest: str, settings: Mapping[str, Any], include: Iterable[str
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def cached_baseline(key: str, measure: Callable[[], Metrics]) -> Metrics:
+def cached_baseline(key: str, measure: Callable[[], Metrics], *, fresh: bool = False) -> Metrics:
     """The stored numbers of that key, or those that ``measure`` returns, stored for the next time.
 
-    A damaged or outdated entry is measured again. A cache that cannot be written costs a warning, not the run.
+    fresh: measure whatever is stored. A damaged or outdated entry is measured again. A cache that cannot be written costs a
+    warning, not the run.
     """
     path = baseline_directory() / f"{key}.json"
     try:
-        return Metrics.model_validate_json(path.read_bytes())
+        if not fresh:
+            return Metrics.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         logger.debug("no baseline %s", path)
     except (OSError, ValidationError) as error:

@@ -236,6 +236,8 @@ def _draw_points(axes: Axes, placed: Sequence[Placed]) -> None:
             markeredgewidth=0.8,
             zorder=4,
         )
+        if style.core:
+            axes.plot(point.size, point.kept, style.core, markersize=4.5, color="white", markeredgewidth=1.2, zorder=4.5)
 
 
 def _draw_labels(axes: Axes, placed: Sequence[Placed], lines: Sequence[Line]) -> None:
@@ -245,7 +247,7 @@ def _draw_labels(axes: Axes, placed: Sequence[Placed], lines: Sequence[Line]) ->
         axes.text(0.5, 0.5, "no model has a task score", transform=axes.transAxes, ha="center", color=MUTED)
         return
     renderer = axes.figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
-    texts = [_shortened(point.metrics.label, LONGEST_LABEL) for point in placed]
+    texts = short_labels([point.metrics for point in placed])
     halo = [withStroke(linewidth=2.5, foreground="white")]
     # Placed in inches: each format draws at a number of dots per inch of its own.
     inches = axes.figure.dpi_scale_trans
@@ -299,6 +301,7 @@ def _leader(axes: Axes, anchor: tuple[float, float], box: Box, unit: float) -> N
 
 
 def _draw_legend(figure: Figure, axes: Axes, placed: Sequence[Placed]) -> None:
+    from matplotlib.legend_handler import HandlerTuple
     from matplotlib.lines import Line2D
 
     present = {point.metrics.taxon for point in placed if not point.is_base}
@@ -308,8 +311,10 @@ def _draw_legend(figure: Figure, axes: Axes, placed: Sequence[Placed]) -> None:
     def handle(marker: str, color: str, name: str, size: float = 7.5, **more) -> Line2D:
         return Line2D([], [], linestyle="none", marker=marker, color=color, markersize=size, label=name, **more)
 
-    handles = [handle("*", INK, "base model", 11)] if any(point.is_base for point in placed) else []
-    handles += [handle(style.marker, style.color, style.name) for style in styles]
+    handles: list[Any] = [handle("*", INK, "base model", 11)] if any(point.is_base for point in placed) else []
+    for style in styles:
+        core = handle(style.core or "none", "white", "", 4.5, markeredgewidth=1.2)
+        handles.append((handle(style.marker, style.color, style.name), core))
     if any(len(point.metrics.passes) > 1 for point in placed):
         ring = handle("o", MUTED, "ringed: a chain, in its last pass's colour", 10, markerfacecolor="none")
         handles.append(ring)
@@ -317,8 +322,12 @@ def _draw_legend(figure: Figure, axes: Axes, placed: Sequence[Placed]) -> None:
         handles.append(Line2D([], [], color="#9DB8C9", linewidth=5, alpha=0.6, label="Pareto front"))
     if any(point.error for point in placed):
         handles.append(Line2D([], [], color=MUTED, alpha=0.6, linewidth=1.2, marker="|", label="± 1 standard error"))
+    if not handles:
+        return
     figure.legend(
         handles=handles,
+        labels=[(one[0] if isinstance(one, tuple) else one).get_label() for one in handles],
+        handler_map={tuple: HandlerTuple(ndivide=1, pad=0)},
         loc="upper center",
         bbox_to_anchor=(0.525, 0.145),
         ncols=4,
@@ -367,6 +376,17 @@ def format_bytes(n_bytes: float) -> str:
 
 def _around(center: tuple[float, float], radius: float) -> Box:
     return Box(center[0] - radius, center[1] - radius, center[0] + radius, center[1] + radius)
+
+
+def short_labels(models: Sequence[Metrics]) -> list[str]:
+    """What to write beside the points: labels too long for that become the names of their passes, if no two are alike."""
+    names = [" > ".join(step.partition(":")[0] for step in metrics.passes) for metrics in models]
+    found = []
+    for metrics, name in zip(models, names, strict=True):
+        is_told = metrics.passes and all(step in metrics.label for step in metrics.passes) and names.count(name) == 1
+        label = name if is_told and len(metrics.label) > LONGEST_LABEL else metrics.label
+        found.append(_shortened(label, LONGEST_LABEL))
+    return found
 
 
 def _shortened(text: str, longest: int) -> str:

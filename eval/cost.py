@@ -18,14 +18,19 @@ from typing import Any
 import psutil
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
+
+from compress.eval.roofline import Estimate
+
+LARGE_BATCH = 8
 
 
 class Speed(BaseModel):
     """Measured on this machine; comparable only between models measured on the same one.
 
     decode_tokens_per_second: batch 1, greedy, with a key-value cache, the prompt's forward pass left out.
-    prefill_tokens_per_second: one forward pass over the prompt. Both are medians over repeats.
+    prefill_tokens_per_second: one forward pass over the prompt. Both are medians over repeats. batch_8_*: the same with
+    eight sequences at once, tokens of all of them counted; None where they were not measured.
     resident_weight_bytes: the model's parameters and buffers as they lie in memory, tied ones once.
     peak_process_bytes: the highest resident set of the whole process (interpreter, libraries and weights included)
     during the measurement on Linux, since the process started on Windows; elsewhere the resident set at its end.
@@ -44,6 +49,8 @@ class Speed(BaseModel):
     resident_weight_bytes: int
     peak_process_bytes: int
     peak_device_bytes: int | None = None
+    batch_8_decode_tokens_per_second: float | None = None
+    batch_8_prefill_tokens_per_second: float | None = None
 
 
 class Cost(BaseModel):
@@ -51,7 +58,10 @@ class Cost(BaseModel):
 
     bytes_on_disk: sizes of the weight files. weight_bytes: those of the tensors in them, file headers left out.
     ideal_bytes: with zeros as a bitmap and codes packed without padding. parameters: of the dense base model.
-    compressed_bits_per_weight: over the layers that were compressed, scales and indices included.
+    compressed_bits_per_weight: over the layers that were compressed, scales and indices included. active_parameters: those
+    that a token passes through, less than all in a mixture of experts. non_embedding_*: without embeddings and head, as
+    scaling laws count. load_seconds: of opening the model from its files, which may lie in the system's cache.
+    kv_cache_bytes_per_token: of one sequence in all layers. estimates: computed, not measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,6 +72,12 @@ class Cost(BaseModel):
     parameters: int | None = None
     compressed_bits_per_weight: float | None = None
     speed: Speed | None = None
+    active_parameters: int | None = None
+    non_embedding_parameters: int | None = None
+    non_embedding_bytes: int | None = None
+    load_seconds: float | None = None
+    kv_cache_bytes_per_token: int | None = None
+    estimates: tuple[Estimate, ...] = ()
 
 
 def artifact_cost(path: str | Path, manifest_size: Mapping[str, Any] | None = None) -> Cost:
@@ -87,8 +103,8 @@ def artifact_cost(path: str | Path, manifest_size: Mapping[str, Any] | None = No
 
 
 @torch.no_grad()
-def measure_speed(model: nn.Module, *, prompt_tokens: int = 64, new_tokens: int = 32, repeats: int = 3, seed: int = 0) -> Speed:
-    """Time a Hugging Face causal model where it is, at batch 1 on a random prompt.
+def measure_speed(model: nn.Module, *, prompt_tokens: int = 64, new_tokens: int = 16, repeats: int = 3, seed: int = 0) -> Speed:
+    """Time a Hugging Face causal model where it is, on random prompts, at batch 1 and at batch 8.
 
     The prompt is shortened where the model's context is too small for it. Raises ValueError where even a prompt of one
     token and ``new_tokens`` do not fit.
@@ -100,43 +116,55 @@ def measure_speed(model: nn.Module, *, prompt_tokens: int = 64, new_tokens: int 
     if prompt_tokens < 1:
         raise ValueError(f"a context of {limit} tokens has no room for {new_tokens} new ones")
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(config.vocab_size, (1, prompt_tokens), generator=generator).to(device)
-
-    def prefill() -> None:
-        model(input_ids=prompt, use_cache=True)
-
-    def generate() -> None:
-        model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
+    prompts = torch.randint(config.vocab_size, (LARGE_BATCH, prompt_tokens), generator=generator).to(device)
 
     training = model.training
     model.eval()
     _restart_peaks(device)
     try:
-        prefill_seconds = _median_seconds(prefill, repeats, device)
-        generate_seconds = _median_seconds(generate, repeats, device)
+        prefill, decode = _rates(model, prompts[:1], new_tokens, repeats)
+        process_bytes = _peak_process_bytes()
+        device_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        large_prefill, large_decode = _rates(model, prompts, new_tokens, repeats)
     finally:
         model.train(training)
-    # The first new token comes from the prompt's own forward pass, hence one decoding step less than new tokens.
-    decode_seconds = max(generate_seconds - prefill_seconds, 1e-9)
     return Speed(
-        decode_tokens_per_second=(new_tokens - 1) / decode_seconds,
-        prefill_tokens_per_second=prompt_tokens / prefill_seconds,
+        decode_tokens_per_second=decode,
+        prefill_tokens_per_second=prefill,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         device=str(device),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         n_threads=torch.get_num_threads(),
         resident_weight_bytes=_resident_bytes(model),
-        peak_process_bytes=_peak_process_bytes(),
-        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        peak_process_bytes=process_bytes,
+        peak_device_bytes=device_bytes,
+        batch_8_decode_tokens_per_second=large_decode,
+        batch_8_prefill_tokens_per_second=large_prefill,
     )
+
+
+def _rates(model: Any, prompts: Tensor, new_tokens: int, repeats: int) -> tuple[float, float]:
+    """Tokens per second of prefill and of decoding, over all sequences together."""
+
+    def prefill() -> None:
+        model(input_ids=prompts, use_cache=True)
+
+    def generate() -> None:
+        model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    prefill_seconds = _median_seconds(prefill, repeats, prompts.device)
+    generate_seconds = _median_seconds(generate, repeats, prompts.device)
+    # The first new token comes from the prompt's own forward pass, hence one decoding step less than new tokens.
+    decode_seconds = max(generate_seconds - prefill_seconds, 1e-9)
+    return prompts.numel() / prefill_seconds, len(prompts) * (new_tokens - 1) / decode_seconds
 
 
 def _weight_files(directory: Path) -> list[Path]:

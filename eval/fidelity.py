@@ -18,6 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from compress.eval.streamed import StreamedModel
+
 
 class Fidelity(BaseModel):
     """Divergence of a model from its base over held-out tokens, in nats.
@@ -25,7 +27,7 @@ class Fidelity(BaseModel):
     kl_*: per-token KL(base || compressed) over the full vocabulary. kl_stderr: standard error of the mean, tokens taken
     as independent. top1_agreement: share (0..1) of tokens at which both models rank the same token first.
     mean_delta_nll: mean of ln p_base(y) - ln p(y) for the token y that follows; positive is worse. perplexity,
-    base_perplexity: per token.
+    base_perplexity: per token. bits_per_byte, base_bits_per_byte: where the bytes of the predicted tokens' text are known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -40,6 +42,8 @@ class Fidelity(BaseModel):
     perplexity: float
     base_perplexity: float
     n_tokens: int
+    bits_per_byte: float | None = None
+    base_bits_per_byte: float | None = None
 
 
 class Perplexity(BaseModel):
@@ -71,7 +75,7 @@ def divergence(base_logits: Tensor, logits: Tensor, labels: Tensor) -> Fidelity:
 
 
 @torch.no_grad()
-def base_logprobs(model: nn.Module, windows: Tensor, path: Path) -> Path:
+def base_logprobs(model: nn.Module | StreamedModel, windows: Tensor, path: Path) -> Path:
     """Write the model's log-probabilities over token windows to ``path`` (.npy, float32).
 
     windows: (n_windows, context) int64; the first token of a window is never predicted. The file holds
@@ -97,10 +101,11 @@ def base_logprobs(model: nn.Module, windows: Tensor, path: Path) -> Path:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, windows: Tensor, path: Path) -> Fidelity:
+def compare(model: nn.Module | StreamedModel, windows: Tensor, path: Path, *, n_bytes: int | None = None) -> Fidelity:
     """Compare a model with the base whose log-probabilities :func:`base_logprobs` wrote for the same windows.
 
-    Raises ValueError if the file is of other windows or of another vocabulary.
+    n_bytes: UTF-8 bytes of the text that is predicted, for bits per byte. Raises ValueError if the file is of other windows
+    or of another vocabulary.
     """
     stored = np.load(path, mmap_mode="r")
     if stored.shape[:2] != (len(windows), windows.shape[1] - 1):
@@ -110,11 +115,11 @@ def compare(model: nn.Module, windows: Tensor, path: Path) -> Fidelity:
     for index, logprobs in enumerate(_logprobs(model, windows)):
         base = torch.from_numpy(np.array(stored[index])).to(logprobs.device)
         parts.append(_compare_tokens(base, logprobs, windows[index, 1:].to(logprobs.device)))
-    return _summary(parts)
+    return _summary(parts, n_bytes)
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, *, n_bytes: int | None = None) -> Perplexity:
+def perplexity(model: nn.Module | StreamedModel, windows: Tensor, *, n_bytes: int | None = None) -> Perplexity:
     """Perplexity over disjoint token windows, the first token of each left unpredicted.
 
     windows: (n_windows, context) int64. n_bytes: UTF-8 bytes of the predicted tokens' text, for bits per byte, the only
@@ -129,8 +134,12 @@ def perplexity(model: nn.Module, windows: Tensor, *, n_bytes: int | None = None)
     return Perplexity(token_perplexity=_exponential(total / n_tokens), bits_per_byte=bits_per_byte, n_tokens=n_tokens)
 
 
-def _logprobs(model: nn.Module, windows: Tensor) -> Iterator[Tensor]:
+def _logprobs(model: nn.Module | StreamedModel, windows: Tensor) -> Iterator[Tensor]:
     """(context - 1, vocabulary) float32 for each window; one at a time, since the vocabulary makes even one large."""
+    if isinstance(model, StreamedModel):
+        for logits in model.logits(windows.split(1)):
+            yield _log_softmax(logits[0, :-1])
+        return
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -164,7 +173,7 @@ def _compare_tokens(base: Tensor, logprobs: Tensor, labels: Tensor) -> TokenDive
     )
 
 
-def _summary(parts: list[TokenDivergence]) -> Fidelity:
+def _summary(parts: list[TokenDivergence], n_bytes: int | None = None) -> Fidelity:
     kl, base_nll, nll, agrees = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     n_tokens = kl.numel()
     return Fidelity(
@@ -178,6 +187,8 @@ def _summary(parts: list[TokenDivergence]) -> Fidelity:
         perplexity=_exponential(nll.mean().item()),
         base_perplexity=_exponential(base_nll.mean().item()),
         n_tokens=n_tokens,
+        bits_per_byte=None if n_bytes is None else nll.sum().item() / (n_bytes * math.log(2)),
+        base_bits_per_byte=None if n_bytes is None else base_nll.sum().item() / (n_bytes * math.log(2)),
     )
 
 

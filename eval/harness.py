@@ -3,7 +3,8 @@
 The model is handed over already loaded: a compressed artifact may need its own loader, and the pipeline evaluates
 models that it holds in memory anyway. Indexing lm-eval's built-in tasks takes many seconds, so they are only looked at
 when a requested task is not among the local ones, and the resulting index can be passed on from one evaluation to the
-next.
+next. lm-eval's own seeds are kept unless others are asked for, so that a plain ``lm_eval --model hf`` prints the same scores;
+standard errors of perplexities, which lm-eval estimates by resampling 100,000 times, come from 1,000 here.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from compress.eval.documents import Document, documents, is_mean, together
+from compress.eval.local_data import local_data
+from compress.eval.streamed import StreamedModel
+
 if TYPE_CHECKING:
     import torch
+    from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
     from torch import nn
 
@@ -30,13 +36,17 @@ PREFERRED_METRICS = (
     *("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity"),
 )
 BOOTSTRAP_ITERATIONS = 1000
+OWN_SEEDS = (0, 1234, 1234, 1234)  # lm-eval's defaults, of: Python, numpy, torch, the choice of examples
 
 
 class EvaluationSettings(Protocol):
     """What the harness reads of ``compress.recipe.Evaluation``.
 
-    tasks: names of tasks, groups or tags. limit: documents per task (None: all). include: directories of task YAMLs, or
-    such files, whose directory is then searched. n_shot: examples in the prompt (None: what each task says).
+    tasks: names of tasks, groups or tags, or patterns such as ``mmlu_*``. limit: documents per task (None: all). include:
+    directories of task YAMLs, or such files, whose directory is then searched. batch_size: or "auto", the largest that
+    fits. n_shot: examples in the prompt (None: what each task says). task_seed: None for lm-eval's own. task_data: a
+    directory of data sets for tasks that would fetch theirs from the hub (:mod:`compress.eval.local_data`). log_samples:
+    whether to hand out all that lm-eval logs of each document.
     """
 
     @property
@@ -46,11 +56,15 @@ class EvaluationSettings(Protocol):
     @property
     def include(self) -> tuple[str, ...]: ...
     @property
-    def batch_size(self) -> int: ...
+    def batch_size(self) -> int | str: ...
     @property
     def n_shot(self) -> int | None: ...
     @property
-    def seed(self) -> int: ...
+    def task_seed(self) -> int | None: ...
+    @property
+    def task_data(self) -> str | None: ...
+    @property
+    def log_samples(self) -> bool: ...
 
 
 class TaskScore(BaseModel):
@@ -79,6 +93,16 @@ class TaskScore(BaseModel):
         return self.stderr.get(self.primary)
 
 
+class Answers(NamedTuple):
+    """What a model made of the tasks. documents: in order, of each score that is a mean over documents. samples: what lm-eval
+    logs, by task, where it was asked for. lm: lm-eval's view of the model, for more questions."""
+
+    scores: dict[str, TaskScore]
+    documents: dict[str, list[Document]]
+    samples: dict[str, list[dict[str, Any]]]
+    lm: LM
+
+
 def check_tasks(evaluation: EvaluationSettings) -> TaskManager:
     """Find every requested task, before any compute, and return the index for :func:`evaluate`.
 
@@ -94,59 +118,121 @@ def check_tasks(evaluation: EvaluationSettings) -> TaskManager:
         if not entry.exists():
             raise ValueError(f"no such file or directory of tasks: {entry}")
         directories.append(entry if entry.is_dir() else entry.parent)
+    patterns = [name for name in evaluation.tasks if _is_pattern(name)]
     with _quiet(logging.ERROR):
         manager = TaskManager(include_path=directories, include_defaults=False)
-        if not set(evaluation.tasks) <= set(manager.all_tasks):
+        if patterns or not set(evaluation.tasks) <= set(manager.all_tasks):
             manager = TaskManager(include_path=directories, include_defaults=True)
     for name in evaluation.tasks:
-        if name not in manager.all_tasks:
+        if name not in manager.all_tasks and not (name in patterns and manager.match_tasks([name])):
             nearest = get_close_matches(name, manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
             raise ValueError(f"unknown task {name!r}{hint}")
     return manager
 
 
+def check_data(evaluation: EvaluationSettings, manager: TaskManager) -> None:
+    """Open the local data of every task, before any compute; nothing to do where tasks read their own.
+
+    Raises ValueError where a task's data are not in the directory.
+    """
+    if evaluation.task_data is not None:
+        _load(evaluation, manager)
+
+
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | StreamedModel,
     tokenizer: Any,
     evaluation: EvaluationSettings,
     *,
     device: str | torch.device,
     max_length: int | None = None,
     task_manager: TaskManager | None = None,
-) -> dict[str, TaskScore]:
+) -> Answers:
     """Score a loaded causal language model on lm-eval tasks.
 
     max_length: tokens of context (None: the model's own limit). task_manager: from :func:`check_tasks`, to save a
     second indexing. A group gives one score where it defines an aggregate, else one for each of its tasks; a tag always
-    the latter. Raises ValueError as :func:`check_tasks` does. Nothing is written to stdout.
+    the latter. Raises ValueError as :func:`check_tasks` does, for missing local data, and for tasks that have a streamed
+    model write text. Nothing is written to stdout.
     """
     from lm_eval import evaluator
-    from lm_eval.models.huggingface import HFLM
 
     manager = task_manager or check_tasks(evaluation)
     # lm-eval and its metrics print; stdout belongs to the caller, who may be writing JSON there.
     with redirect_stdout(sys.stderr):
-        _seed_everything(evaluation.seed)
-        with _quiet(logging.ERROR):  # a preloaded model and defaulted metrics are warned about, and both are meant
-            wrap: Any = HFLM
-            model = model.to(device)
-            lm = wrap(pretrained=model, tokenizer=tokenizer, batch_size=evaluation.batch_size, max_length=max_length)
-            loaded = manager.load(list(evaluation.tasks))
+        _seed_everything(evaluation.task_seed)
+        lm = language_model(model, tokenizer, evaluation.batch_size, device, max_length)
+        loaded = _load(evaluation, manager)
+        if isinstance(model, StreamedModel):
+            _refuse_writing(loaded["tasks"])
         with _quiet(logging.WARNING):
-            for task in loaded["tasks"].values():
-                _set_shots(task, evaluation)
             # `simple_evaluate` does the same, but first shells out for the git commit and the whole environment.
-            results = evaluator.evaluate(
+            results: Any = evaluator.evaluate(
                 lm=lm,
                 task_dict=loaded,
                 limit=evaluation.limit,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,
-                log_samples=False,
+                log_samples=True,
             )
     if results is None:
         raise RuntimeError("lm-eval returned no results on this rank")
-    return _scores(results, evaluation.tasks)
+    scores = _scores(results, _requested(evaluation.tasks, manager))
+    samples = results["samples"] if evaluation.log_samples else {}
+    return Answers(scores, _documents(results, scores, loaded["tasks"]), samples, lm)
+
+
+def language_model(
+    model: nn.Module | StreamedModel, tokenizer: Any, batch_size: int | str, device: str | torch.device, max_length: int | None
+) -> LM:
+    """lm-eval's view of a model: ``--model hf`` around one that is loaded, or one that goes block by block."""
+    with _quiet(logging.ERROR):  # a preloaded model and defaulted metrics are warned about, and both are meant
+        if isinstance(model, StreamedModel):
+            from compress.eval.streamed_lm import StreamedLM
+
+            stream: Any = StreamedLM
+            return stream(model, tokenizer, max_length)
+        from lm_eval.models.huggingface import HFLM
+
+        wrap: Any = HFLM
+        return wrap(pretrained=model.to(device), tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+
+
+def _load(evaluation: EvaluationSettings, manager: TaskManager) -> Any:
+    """The requested tasks, with their data, ready to run."""
+    with _quiet(logging.ERROR), redirect_stdout(sys.stderr), local_data(evaluation.task_data):
+        loaded = manager.load(list(_requested(evaluation.tasks, manager)))
+    with _quiet(logging.WARNING):
+        for name, task in loaded["tasks"].items():
+            _set_shots(task, evaluation)
+            wanted, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+            if evaluation.task_data is not None and wanted and sampler is not None and not len(sampler.df):
+                split = task.config.fewshot_split or task.config.training_split
+                raise ValueError(f"the task {name} puts {wanted} examples into the prompt, but its split {split!r} is not there")
+    return loaded
+
+
+def _refuse_writing(tasks: Mapping[str, Any]) -> None:
+    writing = [name for name, task in tasks.items() if str(task.OUTPUT_TYPE).startswith(("generate", "multiple_turn"))]
+    if writing:
+        raise ValueError(
+            f"{', '.join(writing)}: the model would write text, and reading it block by block takes a pass over its files for "
+            "every token; choose tasks that score given texts, or evaluate where the model fits into memory"
+        )
+
+
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[")
+
+
+def _requested(tasks: Sequence[str], manager: TaskManager) -> tuple[str, ...]:
+    """Names, patterns resolved. Only tasks match patterns: groups would have theirs run twice."""
+    names = [
+        match
+        for name in tasks
+        for match in (sorted(set(manager.match_tasks([name])) & set(manager.all_subtasks)) if _is_pattern(name) else [name])
+    ]
+    return tuple(dict.fromkeys(names))
 
 
 def _set_shots(task: Any, evaluation: EvaluationSettings) -> None:
@@ -154,7 +240,8 @@ def _set_shots(task: Any, evaluation: EvaluationSettings) -> None:
     # A task that fixes zero shots has a format that examples would break; lm-eval leaves it alone too.
     if default != 0 and (evaluation.n_shot is not None or default is None):
         task.set_config(key="num_fewshot", value=evaluation.n_shot or 0)
-    task.set_fewshot_seed(seed=evaluation.seed)
+    seed = evaluation.task_seed
+    task.set_fewshot_seed(seed=OWN_SEEDS[3] if seed is None else seed)
 
 
 def _scores(results: Mapping[str, Any], requested: tuple[str, ...]) -> dict[str, TaskScore]:
@@ -167,6 +254,24 @@ def _scores(results: Mapping[str, Any], requested: tuple[str, ...]) -> dict[str,
     inside = _descendants(scored_groups, results["group_subtasks"])
     groups = set(results["group_subtasks"])
     return {name: score for name, score in rows.items() if name in requested or (name not in inside and name not in groups)}
+
+
+def _documents(
+    results: Mapping[str, Any], scores: Mapping[str, TaskScore], tasks: Mapping[str, Any]
+) -> dict[str, list[Document]]:
+    """Documents of every score that is their mean; those of a group follow each other task by task."""
+    children, found = results["group_subtasks"], {}
+    for name, score in scores.items():
+        if name in tasks:
+            own = documents(tasks[name], results["samples"][name], score.primary)
+            own = own if is_mean(own, score.value) else []
+        else:
+            leaves = [leaf for leaf in tasks if leaf in _descendants({name}, children)]
+            parts = [documents(tasks[leaf], results["samples"][leaf], score.primary) for leaf in leaves]
+            own = together(parts, score.value)
+        if own:
+            found[name] = own
+    return found
 
 
 def _descendants(groups: set[str], children: Mapping[str, list[str]]) -> set[str]:
@@ -208,13 +313,14 @@ def _preference(name: str) -> int:
     return PREFERRED_METRICS.index(metric) if metric in PREFERRED_METRICS else len(PREFERRED_METRICS)
 
 
-def _seed_everything(seed: int) -> None:
+def _seed_everything(seed: int | None) -> None:
     import numpy
     import torch
 
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    of_python, of_numpy, of_torch, _ = OWN_SEEDS if seed is None else (seed,) * 4
+    random.seed(of_python)
+    numpy.random.seed(of_numpy)
+    torch.manual_seed(of_torch)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 ROUNDS = 4
 RADII = (1.0, 2.2, 4.0, 6.5, 9.5)
 """Distances between a point's edge and its label, in units of ``gap``."""
@@ -49,27 +51,35 @@ def place_labels(
     points included. gap: distance between a point's centre and the nearest label. All in one unit, that of the boxes
     returned.
     """
+    if not anchors:
+        return []
     candidates = [_candidates(anchor, size, gap) for anchor, size in zip(anchors, sizes, strict=True)]
-    fixed = []
-    for boxes in candidates:
-        near = [obstacle for obstacle in obstacles if obstacle.overlap(_hull(boxes))]
-        fixed.append([_fixed_cost(box, rank, bounds, near) for rank, box in enumerate(boxes)])
-    chosen = [boxes[0] for boxes in candidates]
+    boxes = np.array(candidates, dtype=np.float64)  # (n_labels, n_candidates, 4)
+    fixed = [_fixed_costs(some, bounds, np.array(obstacles, dtype=np.float64).reshape(-1, 4)) for some in boxes]
+    chosen = np.zeros(len(boxes), dtype=int)
     for _ in range(ROUNDS):
-        before = list(chosen)
-        for index, boxes in enumerate(candidates):
-            others = [box for other, box in enumerate(chosen) if other != index]
-            costs = [cost + 4 * sum(map(box.overlap, others)) for box, cost in zip(boxes, fixed[index], strict=True)]
-            chosen[index] = boxes[costs.index(min(costs))]
-        if chosen == before:
+        before = chosen.copy()
+        for index, some in enumerate(boxes):
+            others = np.delete(np.arange(len(boxes)), index)
+            shared = _overlaps(some, boxes[others, chosen[others]]).sum(1)
+            chosen[index] = int(np.argmin(fixed[index] + 4 * shared))
+        if (chosen == before).all():
             break
-    return chosen
+    return [some[choice] for some, choice in zip(candidates, chosen, strict=True)]
 
 
-def _fixed_cost(box: Box, rank: int, bounds: Box, obstacles: Sequence[Box]) -> float:
-    """What a position costs whatever the other labels do; a far one is worth a little overlap, not much."""
-    area = (box.right - box.left) * (box.top - box.bottom)
-    return 20 * box.outside(bounds) + 3 * sum(map(box.overlap, obstacles)) + 0.004 * area * rank
+def _fixed_costs(boxes: np.ndarray, bounds: Box, obstacles: np.ndarray) -> np.ndarray:
+    """What each position costs whatever the other labels do; a far one is worth a little overlap, not much."""
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    outside = area - _overlaps(boxes, np.array([bounds]))[:, 0]
+    return 20 * outside + 3 * _overlaps(boxes, obstacles).sum(1) + 0.004 * area * np.arange(len(boxes))
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(n, m) areas that n boxes share with m others."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return np.clip(high - low, 0, None).prod(-1)
 
 
 def _candidates(anchor: tuple[float, float], size: tuple[float, float], gap: float) -> list[Box]:
@@ -83,11 +93,6 @@ def _candidates(anchor: tuple[float, float], size: tuple[float, float], gap: flo
             y = anchor[1] + sine * gap * radius + height / 2 * _sign(sine)
             boxes.append(Box(x - width / 2, y - height / 2, x + width / 2, y + height / 2))
     return boxes
-
-
-def _hull(boxes: Sequence[Box]) -> Box:
-    left, bottom, right, top = zip(*boxes, strict=True)
-    return Box(min(left), min(bottom), max(right), max(top))
 
 
 def _sign(value: float) -> float:

@@ -10,15 +10,21 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from compress.eval.cost import Cost
+from compress.eval.density import Density
 from compress.eval.fidelity import Fidelity
 from compress.eval.files import write_whole
+from compress.eval.flips import Flips
 from compress.eval.harness import TaskScore
+from compress.eval.uncertainty import Difference
 
 PACKAGES = ("compress-lm", "torch", "transformers", "lm-eval")
+SCHEMA_ID = "urn:compress-lm:metrics:1"
+"""Names the schema of ``metrics.json``; its number rises where old readers would misread new files."""
 
 
 class Protocol(BaseModel):
@@ -48,7 +54,11 @@ class Metrics(BaseModel):
     line writes them, in order. parent: label of the point that this one was made from (None: the base).
     recovery: share of the base model's score kept, per task; 1 is unharmed, whichever way the metric runs.
     mean_recovery: over the tasks where higher is better, or over all where there are none; None where no task allows
-    it.
+    it. outcomes: the primary metric of each document, in document order, for the tasks whose score is the mean of it;
+    weights: of the documents in that mean, where they are not equal. flips, differences: against the base, for the tasks
+    where answers are right or wrong, and where there are outcomes. calibration_error: of multiple-choice tasks, 0..1.
+    knowledge_bits: of the bundled synthetic biographies. layers: a row for each compressed layer. effective_parameters,
+    density, bit_density: see :class:`compress.eval.density.Density`. command: what reproduces this point.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -65,6 +75,17 @@ class Metrics(BaseModel):
     protocol: Protocol = Protocol()
     recovery: dict[str, float] = {}
     mean_recovery: float | None = None
+    outcomes: dict[str, tuple[float, ...]] = {}
+    weights: dict[str, tuple[float, ...]] = {}
+    flips: dict[str, Flips] = {}
+    differences: dict[str, Difference] = {}
+    calibration_error: dict[str, float] = {}
+    knowledge_bits: float | None = None
+    layers: tuple[dict[str, Any], ...] = ()
+    effective_parameters: float | None = None
+    density: float | None = None
+    bit_density: float | None = None
+    command: str | None = None
 
     def recovered(self, base: Metrics) -> Metrics:
         """A copy whose recovery is against ``base``. Tasks that only one of the two has are left out."""
@@ -91,22 +112,34 @@ class Metrics(BaseModel):
 class Report(BaseModel):
     """A base model and what compression made of it.
 
-    points: in the order measured. command: what reproduces the report, as typed in a shell.
+    points: in the order measured. command: what reproduces the report, as typed in a shell. density: the family of dense
+    models that the points' effective parameters were read off, where one was given. schema_id: see :mod:`compress.eval.schema`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", populate_by_name=True)
 
+    schema_id: str = Field(default=SCHEMA_ID, alias="$schema")
     schema_version: int = 1
     title: str
     base: Metrics
     points: tuple[Metrics, ...] = ()
     command: str | None = None
+    density: Density | None = None
 
     def add(self, point: Metrics) -> Report:
         """A copy with one more point, its recovery measured against the base. Raises ValueError on a label in use."""
         if point.label in {self.base.label, *(other.label for other in self.points)}:
             raise ValueError(f"the report has a point {point.label!r} already")
         return self.model_copy(update={"points": (*self.points, point.recovered(self.base))})
+
+    def lines(self) -> list[str]:
+        """The measurements in words, a line a model."""
+        found = []
+        for metrics in (self.base, *self.points):
+            scores = ", ".join(f"{name} {score.primary} {score.value:.4g}" for name, score in metrics.tasks.items())
+            divergence = f", KL {metrics.fidelity.kl_mean:.4g}" if metrics.fidelity else ""
+            found.append(f"{metrics.label}: {metrics.cost.bytes_on_disk:,} bytes, {scores}{divergence}")
+        return found
 
     def front(self) -> list[Metrics]:
         """The models, base included, than which none is both smaller and better, smallest first."""
@@ -117,7 +150,11 @@ class Report(BaseModel):
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON, whole or not at all. Infinities and NaN become strings, as JSON has none."""
-        return write_whole(Path(path), self.model_dump_json(indent=2) + "\n")
+        return write_whole(Path(path), self.dump(indent=2) + "\n")
+
+    def dump(self, indent: int | None = None) -> str:
+        """The JSON text of ``metrics.json``."""
+        return self.model_dump_json(by_alias=True, indent=indent)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:

@@ -1,182 +1,170 @@
-"""One HTML file that shows a whole comparison, readable anywhere: no network, no script it depends on, light and dark.
+"""One HTML file that shows a whole comparison, readable anywhere: no network, light, dark and on paper.
 
-What users name (models, labels, passes, tasks) goes through the template's autoescaping; only the chart, which
-matplotlib has escaped already, is inserted as it is.
+The tables are in the page itself; a small script, written out in it, draws the chart, the heat maps and the flips from
+embedded data. The page forbids itself everything else: its content policy names that script and that style by their
+digests. What users name (models, labels, passes, tasks) goes through the template's autoescaping or :func:`embedded`.
 """
 
 from __future__ import annotations
 
-import math
+import base64
+import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compress.eval import table
 from compress.eval.chart import chart, format_bytes, protocol_line
 from compress.eval.files import write_whole
-from compress.eval.harness import TaskScore
 from compress.eval.metrics import Metrics, Report
-from compress.eval.taxonomy import style_of
+from compress.eval.payload import embedded, page_payload
+from compress.eval.table import MISSING, percent
+from compress.eval.taxonomy import BASE, CORES, OTHER, SHAPES, STYLES, Style, style_of
+from compress.eval.tree import method_tree
 
-MISSING = "–"
-
-
-class Cell(NamedTuple):
-    """A table cell: what is shown, what it sorts by (None last), and what a pointer resting on it reads."""
-
-    text: str
-    value: float | str | None = None
-    hint: str = ""
+PAGE = Path(__file__).with_name("page")
+SCRIPTS = ("page.js", "axes.js", "chart.js", "layers.js", "flips.js", "table.js")
+MOST_LAYERS = 1500
+"""Rows of the table of layers; above it, only the heat map has them."""
 
 
 class Row(NamedTuple):
-    """A model's row; leaf: of the taxonomy, in full; family and color: how that leaf is shown."""
+    """A model's row; number: its place in the embedded data; leaf: of the taxonomy, in full."""
 
+    number: int
     label: str
     passes: tuple[str, ...]
     leaf: str
-    family: str
-    color: str
-    is_base: bool
+    style: Style
     on_front: bool
-    cells: list[Cell]
+    command: str | None
 
 
 def write_report(report: Report, directory: str | Path, *, layers: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write ``report.html``, ``metrics.json``, ``chart.svg`` and ``chart.png`` and return the path of the first.
 
-    layers: a row for each compressed layer of a single artifact, such as ``{"name": ..., "error": ..., "bits": ...}``;
-    the keys, in order of first appearance, become the columns. Each file is written aside and renamed.
+    layers: those of the last point, for a report whose points do not hold them: a row for each compressed layer, such as
+    ``{"name": ..., "output_error": ..., "bits": ...}``. Each file is written aside and renamed.
     """
     directory = Path(directory)
     report.save(directory / "metrics.json")
-    svg, _ = chart(report, directory / "chart")
-    return write_whole(directory / "report.html", _page(report, svg.read_text(encoding="utf-8"), layers))
+    _, png = chart(report, directory / "chart")
+    if layers:
+        report = _with_layers(report, layers)
+    return write_whole(directory / "report.html", _page(report, png.read_bytes()))
 
 
-def _page(report: Report, svg: str, layers: Sequence[Mapping[str, Any]]) -> str:
-    from jinja2 import Environment, StrictUndefined
+def _with_layers(report: Report, layers: Sequence[Mapping[str, Any]]) -> Report:
+    *others, last = report.points or (report.base,)
+    if last.layers:
+        return report
+    last = last.model_copy(update={"layers": tuple(map(dict, layers))})
+    return report.model_copy(update={"points": (*others, last)} if report.points else {"base": last})
 
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    layer_columns = list(dict.fromkeys(key for layer in layers for key in layer))
-    return page.from_string(template).render(
+
+def _page(report: Report, png: bytes) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    look = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    pages = Environment(loader=FileSystemLoader(PAGE), **look)  # type: ignore[arg-type]
+    pages.filters["breakable"] = _breakable
+    rows = _rows(report)
+    styles = [BASE, *STYLES.values(), OTHER]
+    css = pages.get_template("report.css").render(styles=styles)
+    script = '"use strict";\n' + "\n".join((PAGE / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    models = [report.base.recovered(report.base), *report.points]
+    layers = [metrics.layers for metrics in models if metrics.layers]
+    return pages.get_template("report.html").render(
         title=report.title,
         summary=protocol_line(report.base),
         headline=list(_headline(report)),
-        svg=svg[svg.index("<svg") :],  # the prolog and document type have no place inside HTML
-        columns=_columns(report),
-        rows=_rows(report),
-        layer_columns=layer_columns,
-        layers=[[_layer_cell(layer.get(column)) for column in layer_columns] for layer in layers],
+        css=css,
+        script=script,
+        policy=_policy(css, script),
+        data=embedded(page_payload(report)),
+        png=base64.b64encode(png).decode(),
+        symbols=[(style.key, SHAPES[style.marker], CORES[style.core]) for style in styles],
+        legend=list(dict.fromkeys(row.style for row in rows)),
+        rows=rows,
+        quality=table.kept(table.quality, models, report),
+        cost=table.kept(table.cost, models, report),
+        estimates=table.estimates(models),
+        density=report.density,
+        dense=table.kept(table.density, models, report) if report.density else None,
+        layers=table.layers(layers[0]) if len(layers) == 1 and len(layers[0]) <= MOST_LAYERS else None,
+        has_layers=bool(layers),
+        has_flips=any(metrics.flips for metrics in models),
+        has_differences=any(metrics.differences for metrics in models),
+        tree=method_tree(report),
+        places={metrics.label: number for number, metrics in enumerate(models)},
+        result=lambda metrics: _result(metrics, report),
         protocol=list(_protocol(report.base)),
         command=report.command,
     )
 
 
-def _headline(report: Report) -> Iterator[tuple[str, str]]:
-    """The numbers that somebody who reads nothing else should see: the smallest model for each of three promises."""
+def _breakable(label: str) -> str:
+    """HTML of a label whose lines may end only where one of its words does."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<=[,:>=])", label))
+
+
+def _policy(css: str, script: str) -> str:
+    """Nothing may be loaded or run but this page's own style and script, and the picture written out in it."""
+
+    def digest(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    sources = {"default-src": "'none'", "script-src": digest(script), "style-src": digest(css), "img-src": "data:"}
+    sources |= {"base-uri": "'none'", "form-action": "'none'"}
+    return "; ".join(f"{name} {value}" for name, value in sources.items())
+
+
+def _headline(report: Report) -> Iterator[tuple[str, str, str, int]]:
+    """What somebody who reads nothing else should see: the smallest model for each of three promises.
+
+    Yields a name, a figure, what it is of, and the place of the model.
+    """
     whole = report.base.cost.bytes_on_disk
-    yield "base model", format_bytes(whole)
+    yield "base model", format_bytes(whole), report.base.label, 0
     best: Metrics | None = None
     for share in (0.99, 0.95, 0.90):
-        kept = [point for point in report.points if (point.mean_recovery or 0.0) >= share]
-        smallest = min(kept, key=lambda point: point.cost.bytes_on_disk, default=None)
+        held = [point for point in report.points if (point.mean_recovery or 0.0) >= share]
+        smallest = min(held, key=lambda point: point.cost.bytes_on_disk, default=None)
         if smallest is None or smallest is best:
             continue
         best = smallest
-        ratio = whole / smallest.cost.bytes_on_disk
-        yield f"keeps {_percent(smallest.mean_recovery)}", f"{ratio:.2f}× smaller: {smallest.label}"
-
-
-def _columns(report: Report) -> list[Cell]:
-    """Column heads in the order of :func:`_cells`."""
-    tasks = [
-        Cell(name, hint=f"{score.primary}, {'higher' if score.higher_is_better else 'lower'} is better")
-        for name, score in report.base.tasks.items()
-    ]
-    return [
-        Cell("Kept", hint="mean share of the base model's score kept, ± one standard error of this model's scores"),
-        Cell("On disk", hint="sizes of the weight files"),
-        Cell("Smaller", hint="bytes of the base / bytes of this model"),
-        Cell("Ideal", hint="bytes with zeros as a bitmap and codes packed without padding"),
-        Cell("Bits/weight", hint="over the compressed layers, scales and indices included"),
-        Cell("Parameters", hint="of the dense model"),
-        *tasks,
-        Cell("KL", hint="mean KL(base || model) per token, nats; its 99th percentile on hover"),
-        Cell("Top-1", hint="share of tokens at which both models rank the same token first"),
-        Cell("Perplexity", hint="per token of the held-out windows"),
-        Cell("Decode", hint="tokens per second at batch 1"),
-        Cell("Prefill", hint="tokens per second of a prompt"),
-        Cell("Memory", hint="highest resident set of the process (or allocation on the accelerator) while generating"),
-    ]
+        figure = f"{whole / smallest.cost.bytes_on_disk:.2f}× smaller"
+        yield f"keeps {percent(smallest.mean_recovery)}", figure, smallest.label, report.points.index(smallest) + 1
 
 
 def _rows(report: Report) -> list[Row]:
-    base = report.base.recovered(report.base)
     front = {point.label for point in report.front()}
     rows = []
-    for metrics in (base, *report.points):
-        style = style_of(metrics.taxon, is_base=metrics is base)
-        leaf = "base model" if metrics is base else metrics.taxon or style.name
-        cells = list(_cells(metrics, report))
-        on_front = metrics.label in front
-        look = (leaf, style.name, style.color, metrics is base, on_front)
+    for number, metrics in enumerate((report.base, *report.points)):
+        style = style_of(metrics.taxon, is_base=number == 0)
+        leaf = "base model" if number == 0 else metrics.taxon or style.name
         told = all(step in metrics.label for step in metrics.passes)  # a label made of the passes needs no repetition
-        rows.append(Row(metrics.label, () if told else metrics.passes, *look, cells))
+        passes = () if told else metrics.passes
+        rows.append(Row(number, metrics.label, passes, leaf, style, metrics.label in front, metrics.command))
     return rows
 
 
-def _cells(metrics: Metrics, report: Report) -> Iterator[Cell]:
-    cost, fidelity = metrics.cost, metrics.fidelity
-    error = None if metrics.label == report.base.label else metrics.recovery_error(report.base)
-    yield Cell(_percent(metrics.mean_recovery, error), metrics.mean_recovery)
-    yield Cell(format_bytes(cost.bytes_on_disk), cost.bytes_on_disk, f"{cost.bytes_on_disk:,} bytes")
-    ratio = report.base.cost.bytes_on_disk / cost.bytes_on_disk
-    yield Cell(f"{ratio:.2f}×", ratio)
-    yield _number(cost.ideal_bytes, format_bytes)
-    yield _number(cost.compressed_bits_per_weight, lambda bits: f"{bits:.2f}")
-    yield _number(cost.parameters, _count)
-    for name in report.base.tasks:
-        yield _task_cell(metrics.tasks.get(name), metrics.recovery.get(name))
-    if fidelity is None:
-        yield from (Cell(MISSING), Cell(MISSING), Cell(MISSING))
-    else:
-        yield Cell(f"{fidelity.kl_mean:.4f}", fidelity.kl_mean, f"99 %: {fidelity.kl_p99:.3f}, max: {fidelity.kl_max:.3f}")
-        yield Cell(_percent(fidelity.top1_agreement), fidelity.top1_agreement)
-        yield Cell(f"{fidelity.perplexity:.2f}", fidelity.perplexity, f"base: {fidelity.base_perplexity:.2f}")
-    speed = cost.speed
-    yield _number(speed and speed.decode_tokens_per_second, lambda rate: f"{rate:,.1f}/s")
-    yield _number(speed and speed.prefill_tokens_per_second, lambda rate: f"{rate:,.0f}/s")
-    yield _number(speed and (speed.peak_device_bytes or speed.peak_process_bytes), format_bytes)
-
-
-def _task_cell(score: TaskScore | None, kept: float | None) -> Cell:
-    if score is None:
-        return Cell(MISSING)
-    error = score.standard_error
-    if score.higher_is_better and 0 <= score.value <= 1:
-        text = _percent(score.value, error)
-    else:
-        text = f"{score.value:.3f}" + ("" if error is None else f" ± {error:.3f}")
-    hint = f"{score.primary}, {score.n_samples} documents"
-    return Cell(text, score.value, hint if kept is None else f"{hint}, {_percent(kept)} of the base kept")
-
-
-def _number(value: Any, shown) -> Cell:
-    return Cell(MISSING) if value is None else Cell(shown(value), value)
-
-
-def _layer_cell(value: Any) -> Cell:
-    if isinstance(value, float):
-        return Cell(f"{value:.4g}", value)
-    return Cell(MISSING) if value is None else Cell(str(value), value if isinstance(value, int) else str(value))
+def _result(metrics: Metrics, report: Report) -> str:
+    """What a point reached, in a few words."""
+    ratio = f"{report.base.cost.bytes_on_disk / metrics.cost.bytes_on_disk:.2f}× smaller"
+    if metrics.mean_recovery is not None:
+        return f"{percent(metrics.mean_recovery)} kept, {ratio}"
+    return ratio if metrics.fidelity is None else f"KL {metrics.fidelity.kl_mean:.3g}, {ratio}"
 
 
 def _protocol(base: Metrics) -> Iterator[tuple[str, str]]:
     protocol = base.protocol
     yield "base model", base.model
     yield "digest", base.digest
-    yield "tasks", ", ".join(f"{name} ({score.primary}, {score.n_samples})" for name, score in base.tasks.items())
+    yield "tasks", ", ".join(f"{name} ({score.primary}, {score.n_samples})" for name, score in base.tasks.items()) or MISSING
     yield "documents per task", "all" if protocol.limit is None else str(protocol.limit)
     yield "examples in the prompt", "as each task says" if protocol.n_shot is None else str(protocol.n_shot)
     yield "held-out text", protocol.data or MISSING
@@ -187,16 +175,3 @@ def _protocol(base: Metrics) -> Iterator[tuple[str, str]]:
         speed = base.cost.speed
         yield "speed", f"{speed.new_tokens} new tokens after {speed.prompt_tokens}, {speed.n_threads} threads"
     yield "versions", ", ".join(f"{name} {number}" for name, number in protocol.versions.items()) or MISSING
-
-
-def _percent(share: float | None, error: float | None = None) -> str:
-    if share is None or not math.isfinite(share):
-        return MISSING
-    return f"{100 * share:.1f} %" if error is None else f"{100 * share:.1f} ± {100 * error:.1f} %"
-
-
-def _count(number: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
-from compress.lowrank.factor import Factoriser, leading_directions
+from compress.lowrank.factor import Factoriser
 from compress.passes import Taxon
-from compress.stats import LinearStats
 
 
 class SVD(Factoriser):
@@ -16,6 +13,3 @@ class SVD(Factoriser):
 
     taxon: ClassVar[Taxon] = Taxon.LOW_RANK
     paper: ClassVar[str] = "Eckart and Young, 1936"
-
-    def directions(self, weight: Tensor, stats: LinearStats, rank: int) -> Tensor:
-        return leading_directions(weight, rank)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.lowrank.factor import Factoriser, leading_directions
+from compress.lowrank.factor import Factoriser
 from compress.passes import Needs, Taxon
 from compress.stats import LinearStats
 
@@ -22,17 +22,51 @@ class SVDLLM(Factoriser):
     With at least as many tokens as inputs the covariance is used as it is. With fewer it says nothing about most
     directions, and fitting it alone ruins the layer; then a multiple of the identity is added, the larger the fewer the
     tokens, which leads over to plain SVD.
+
+    ``update`` makes good, layer after layer, for what those before it lost: inputs are measured again after q/k/v, o and
+    gate/up, and the least squares that fit today's inputs to the layer's former outputs are truncated in place of the weight.
+    The paper fits the factor U alone again, which leaves the directions that down keeps as they were and gains far less.
+
+    The ranks are alike, as published. ``ranks=loss`` shares the same bytes out by what each layer's loss does to its block, which
+    is far better (perplexity of the bundled model at ``ratio=0.6``: 26.0 against 29.3) and costs a survey of the model before it.
+    ``--effort best`` does both.
     """
 
     taxon: ClassVar[Taxon] = Taxon.LOW_RANK
     paper: ClassVar[str] = "2403.07378"
-    needs: ClassVar[Needs] = Needs(frozenset({"covariance"}))
+    efforts: ClassVar[dict[str, dict[str, Any]]] = {"best": {"update": True, "ranks": "loss"}}
 
     ridge: float = Field(0.0, ge=0, description="added to the covariance's diagonal, as a share of its mean")
+    update: bool = Field(
+        False, description="fit the outputs that each layer had before any was compressed: slower, better the more is removed"
+    )
 
-    def directions(self, weight: Tensor, stats: LinearStats, rank: int) -> Tensor:
-        root = stats.cached(("svd_llm", self.ridge), lambda: covariance_root(stats.covariance, stats.n, self.ridge))
-        return leading_directions(weight @ root, rank)
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
+        return Needs(frozenset({"covariance", "cross"} if self.update else {"covariance"}))
+
+    @property
+    def sequential(self) -> bool:
+        return self.update
+
+    def factors(self, weight: Tensor, stats: LinearStats, rank: int) -> tuple[Tensor, Tensor]:
+        moved = "cross" in stats.allowed  # not in a survey, before which nothing has been compressed
+        return super().factors(self.refitted(weight, stats) if moved else weight, stats, rank)
+
+    def refitted(self, weight: Tensor, stats: LinearStats) -> Tensor:
+        """The matrix (out, in) that, of today's inputs x, makes what weight made of r, the inputs when the stage began, as nearly
+        as least squares can: W + W (R - C) C^-1 with R = sum r x^T. Where C says nothing, it is W."""
+        root = self.root(stats)
+        moved = weight @ (stats.cross - stats.covariance)
+        inverse = stats.cached(("svd_llm", self.ridge, "inverse"), lambda: torch.linalg.pinv(root @ root.T, hermitian=True))
+        return weight + moved @ inverse
+
+    def root(self, stats: LinearStats) -> Tensor:
+        """A root of the inputs' covariance, (in, in) or (in, rank)."""
+        return stats.cached(("svd_llm", self.ridge), lambda: covariance_root(stats.covariance, stats.n, self.ridge))
+
+    def metric(self, weight: Tensor, stats: LinearStats) -> Tensor:
+        return weight @ self.root(stats)
 
 
 def covariance_root(covariance: Tensor, n_tokens: int, ridge: float = 0.0) -> Tensor:

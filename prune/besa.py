@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.block import Block
+from compress.descent import descend, linear
 from compress.passes import BlockPass, Needs, Taxon
 from compress.prune.masks import wanda_scores
 from compress.prune.ratios import in_whole_parts
-from compress.quant.tuning import descend
 from compress.stats import LinearStats
 from compress.weights import Weight
 
@@ -70,7 +70,7 @@ class BESA(BlockPass):
 
         if self.iterations and self.sparsity > 0:
             optimizer = torch.optim.Adam([logits], lr=self.learning_rate)
-            descend(block, masked, optimizer, self.iterations, self.batch_size, decay=True)
+            descend(block, masked, optimizer, self.iterations, self.batch_size, rate=linear)
         with torch.no_grad():
             shares = {name: expected(chance) for name, chance in probabilities().items()}
         kept = exact_masks([part.rank for part in parts.values()], list(shares.values()))

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compress.distill.losses import chunked_cross_entropy, chunked_forward_kl
+from compress.distill.losses import cross_entropy, forward_kl, per_token
 from compress.passes import Needs, Taxon
 from compress.prune.masks import count_kept, kept_of, lowest, with_implied_sparsity
 from compress.train_pass import Batch, Signal, TrainPass
-from compress.weights import Dense, LowRank, Masked, Weight
+from compress.weights import Dense, Masked, Weight
 from compress.weights.composed import unmasked
 
 
@@ -36,7 +36,7 @@ class Gradual(TrainPass):
     end: float = Field(0.5, ge=0, le=1, description="share of the steps after which it is done")
     every: int = Field(5, ge=1, description="steps from one choice of masks to the next")
     objective: Literal["kl", "ce"] = Field("kl", description="kl: to the uncompressed model's predictions; ce: of the next token")
-    chunk: int = Field(256, ge=1, description="tokens whose logits exist at one time")
+    chunk: int | None = Field(None, ge=1, description="tokens whose logits exist at one time; none: those of 40 MB")
 
     @field_validator("pattern")
     @classmethod
@@ -83,8 +83,6 @@ class Gradual(TrainPass):
         return lowest(scores, sparsity, pattern)
 
     def outline(self, weight: Weight) -> Weight:
-        if isinstance(weight, LowRank):
-            return LowRank(self.outline(weight.down), self.outline(weight.up))
         if not isinstance(inner := unmasked(weight), Dense):
             return weight
         n_kept = min(weight.numel, count_kept(weight.shape, self.sparsity, self.pattern))
@@ -93,7 +91,6 @@ class Gradual(TrainPass):
     def loss(self, student: Signal, teacher: Signal | None, batch: Batch) -> Tensor:
         """Mean over tokens of KL(teacher || student), or of the next token's negative log-likelihood, in nats."""
         if self.objective == "ce":
-            return chunked_cross_entropy(student.hidden, student.head, batch.targets, self.chunk) / len(student.hidden)
+            return per_token(cross_entropy, student, None, batch.targets, chunk=self.chunk).mean()
         assert teacher is not None
-        total = chunked_forward_kl(student.hidden, student.head, teacher.hidden, teacher.head, chunk=self.chunk)
-        return total / len(student.hidden)
+        return per_token(forward_kl, student, teacher, chunk=self.chunk).mean()

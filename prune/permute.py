@@ -15,7 +15,7 @@ from compress.narrow import narrow
 from compress.passes import BlockPass, Needs, Taxon
 from compress.prune.assignment import assign
 from compress.prune.masks import Pruner, kept_of
-from compress.weights import Dense, Weight, leaves
+from compress.weights import Dense, LowRank, Sum, Weight
 
 _ROWS = 1024  # of a matrix, that assignments are made by
 _LEAST_GAIN = 1e-4  # of the retained score, for another round
@@ -130,7 +130,9 @@ def _given(channels: Tensor, group_of: Tensor) -> Tensor:
 
 
 def _is_plain(weight: Weight) -> bool:
-    return all(isinstance(leaf, Dense) for _, leaf in leaves("", weight))
+    if isinstance(weight, LowRank | Sum):
+        return all(map(_is_plain, weight.children().values()))
+    return isinstance(weight, Dense)
 
 
 def _at(orders: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from compress.activations import round_inputs
 from compress.block import Block
+from compress.descent import descend, linear
 from compress.passes import BlockPass, Needs, Taxon
 from compress.quant.grids import Gridded
-from compress.quant.tuning import LEAST_SHARE, Rounded, descend, round_softly
+from compress.quant.tuning import LEAST_SHARE, Rounded, round_softly
 from compress.weights import Weight
 
 
@@ -65,7 +66,7 @@ class AutoRound(Gridded, BlockPass):
             optimizer.register_step_post_hook(lambda *_: confine(roundings.values()))
             descend(
                 block, lambda: {name: rounding.values() for name, rounding in roundings.items()},
-                optimizer, self.iterations, self.batch_size, decay=True,
+                optimizer, self.iterations, self.batch_size, rate=linear,
             )  # fmt: skip
         for name, rounding in roundings.items():
             block.replace(name, rounding.result())

@@ -13,10 +13,11 @@ from torch import Tensor
 from compress.activations import round_inputs
 from compress.arch import Edge
 from compress.block import Block
+from compress.descent import constant, descend
 from compress.passes import BlockPass, Needs, Taxon
 from compress.quant.grids import Gridded
 from compress.quant.smoothquant import smoothing_scale
-from compress.quant.tuning import LEAST_SHARE, Rounded, descend, round_softly
+from compress.quant.tuning import LEAST_SHARE, Rounded, round_softly
 from compress.weights import Weight
 
 _FIRST_LOGIT = 4.0  # leaves 98 % of the range
@@ -85,7 +86,7 @@ class OmniQuant(Gridded, BlockPass):
         if self.epochs and logits:
             assert block.inputs is not None
             n_steps = self.epochs * math.ceil(len(block.inputs) / self.batch_size)
-            descend(block, replaced, optimizer, n_steps, self.batch_size, decay=False)
+            descend(block, replaced, optimizer, n_steps, self.batch_size, rate=constant)
         for edge, logarithm in factors.items():
             block.fold(edge, factor_of(logarithm.detach()))
         for name, weight in block.matrices().items():

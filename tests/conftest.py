@@ -174,7 +174,7 @@ def sensible(key: str, **settings):
 
     if issubclass(methods.get(key), TrainPass):
         settings = {"steps": 3, "batch_size": 2, "length": 16, "learning_rate": 1e-3, **settings}
-    few = {"iterations": 3, "epochs": 1, "search_tokens": 64}
+    few = {"iterations": 3, "epochs": 1, "search_tokens": 64, "rounds": 1, "entries": 16}
     chosen = {name: value for name, value in few.items() if name in methods.get(key).model_fields}
     return methods.build(key, chosen | settings)
 
@@ -188,14 +188,16 @@ def make_pass() -> Callable:
 @pytest.fixture(scope="session")
 def make_chain(make_pass: Callable) -> Callable[..., list]:
     """``make_chain(method key, **settings)``: what a run of that method takes; a correction follows a quantizer or a
-    pruner, and what stores zeros a pruner."""
+    pruner, what stores zeros a pruner, and what trains factors a method that factors."""
     from compress import methods
     from compress.passes import CorrectionPass, StoragePass
 
     def make(key: str, **settings) -> list:
+        same_layers = {name: value for name, value in settings.items() if name in ("targets", "skip")}
+        if getattr(make_pass(key), "trains", None) == "factors":
+            return [make_pass("svd", **same_layers), make_pass(key, **settings)]
         if not issubclass(methods.get(key), CorrectionPass | StoragePass):
             return [make_pass(key, **settings)]
-        same_layers = {name: value for name, value in settings.items() if name in ("targets", "skip")}
         corrects = issubclass(methods.get(key), CorrectionPass)
         first = "wanda" if corrects and methods.get(key).moves_masks else "rtn" if corrects else "magnitude"
         return [make_pass(first, **same_layers), make_pass(key, **settings)]
@@ -261,3 +263,30 @@ def assert_reloads(reload) -> Callable[..., nn.Module]:
         return model
 
     return check
+
+
+@pytest.fixture
+def make_block(make_checkpoint) -> Callable:
+    """``make_block(family)`` -> the first block of a tiny checkpoint, as the engine gives it to a pass: every layer selected,
+    with inputs, targets (its own outputs) and the largest inputs of each layer."""
+
+    from compress.block import Block
+    from compress.checkpoint import Checkpoint
+    from compress.skeleton import Skeleton
+    from compress.stats import LinearStats
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Block:
+        skeleton = Skeleton(Checkpoint(make_checkpoint(family, dtype, **changes)), dtype=dtype)
+        block = Block(skeleton, 0, skeleton.read_weights(0), skeleton.read_others(0))
+        tokens = torch.randint(2, 256, (8, 24), generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            block.inputs = next(iter(skeleton.embed([tokens])))
+            block.targets = block.run(block.inputs)
+            entered = block.layer_inputs(list(block.weights), block.inputs)
+        for local, x in entered.items():
+            block.stats[local] = LinearStats(x.shape[-1], {"absmax"})
+            block.stats[local].add(x)
+        block.selected = frozenset(block.weights)
+        return block
+
+    return make

@@ -154,7 +154,7 @@ def test_a_training_stage_equals_training_in_memory(
 ):
     step = make_pass(method)
     texts, source = read_text(calibration.data)
-    drawn = windows(tokenizer, texts, source, n=step.steps * step.batch_size, length=step.length, seed=0, at_most=True)
+    drawn = windows(tokenizer, texts, source, n=step.n_windows, length=step.length, seed=0, at_most=True)
     compressed = run_stages(llama, [make_pass("wanda")])
     student, masked = reload(compressed), Skeleton(Checkpoint(compressed))
     weights = {

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
+import socket
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,8 +34,11 @@ from compress.distill.losses import forward_kl
 from compress.errors import BadInput, CompressError
 from compress.loader import LowRankLinear
 from compress.passes import Needs
-from compress.train import STATE_FILE, TrainableLinear, TrainResult, head_of, train
+from compress.signals import head_of
+from compress.train import TrainResult, train
 from compress.train_pass import TrainPass
+from compress.trainable import TrainableLinear, recomputed_blocks
+from compress.training_state import STATE_FILE
 from compress.weights import Dense, LowRank, Quantized, Weight, assert_structure_kept, structure
 
 VOCABULARY = 128
@@ -403,3 +409,188 @@ def test_tokens_that_do_not_count_are_left_out_and_aids_are_trained(llama, token
     result = train(student, weights, None, tokens, Half(steps=12, batch_size=4, learning_rate=1e-2), seed=0, device="cpu",
                    directory=tmp_path, progress=silent, counted=counted)  # fmt: skip
     assert result.history[-1] < result.history[0]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear", "constant"])
+def test_schedules_warm_up_to_the_peak_and_fall(schedule):
+    step = LogitKD(steps=100, schedule=schedule, warmup=0.1, decay=0.25, learning_rate=2.0)
+    rates = [step.learning_rate_at(index) for index in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (index + 1) for index in range(10)])
+    assert rates[10] == 2.0 and all(later <= earlier for earlier, later in pairwise(rates[9:]))
+    assert rates.count(2.0) == {"constant": 91, "wsd": 67}.get(schedule, 2)
+    half, last = {"cosine": (1.0, 0.0006), "linear": (1.0, 0.0223), "wsd": (2.0, 0.08), "constant": (2.0, 2.0)}[schedule]
+    assert rates[55] == pytest.approx(half) and rates[-1] == pytest.approx(last, rel=0.02)
+
+
+def uneven(tokens: Tensor) -> Tensor:
+    """Of every window another number of tokens counts, of one none."""
+    counted = torch.arange(tokens.shape[1]) >= (torch.arange(len(tokens)) % tokens.shape[1]).unsqueeze(1)
+    counted[3] = False
+    return counted
+
+
+def test_uneven_parts_count_by_their_tokens(llama, tokens, tmp_path):
+    results = []
+    for accumulate in (1, 2, 4):
+        student, weights = compressed(llama, masked)
+        step = LogitKD(steps=4, batch_size=4, learning_rate=1e-3, accumulate=accumulate, evaluate_every=2)
+        results.append(train(student, weights, llama, tokens, step, seed=0, device="cpu", progress=silent,
+                             directory=tmp_path / str(accumulate), counted=uneven(tokens)))  # fmt: skip
+    for other in results[1:]:
+        torch.testing.assert_close(torch.tensor(other.history), torch.tensor(results[0].history), rtol=1e-4, atol=0)
+        torch.testing.assert_close(torch.tensor(other.held_out), torch.tensor(results[0].held_out), rtol=1e-4, atol=0)
+
+
+def saved_bytes(work) -> int:
+    """Of all tensors that are kept for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt", "gpt_neox", "qwen3", "mistral"])
+def test_recomputed_blocks_give_the_same_gradients_for_less_memory(family, tokens, make_checkpoint, reload):
+    model = reload(make_checkpoint(family))
+
+    def gradients() -> list[Tensor | None]:
+        model.zero_grad()
+        model(input_ids=tokens[:2], use_cache=False).logits.square().mean().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected, memory = gradients(), saved_bytes(lambda: model(input_ids=tokens[:2], use_cache=False).logits)
+    with recomputed_blocks(model):
+        found, less = gradients(), saved_bytes(lambda: model(input_ids=tokens[:2], use_cache=False).logits)
+    assert all(ours is theirs or torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert less < 0.5 * memory
+    assert saved_bytes(lambda: model(input_ids=tokens[:2], use_cache=False).logits) == memory
+
+
+def test_training_with_recomputed_blocks_is_the_same(llama, tokens, tmp_path):
+    results = []
+    for number, checkpointing in enumerate((False, True)):
+        student, weights = compressed(llama, low_rank)
+        results.append(fit(student, weights, llama, tokens, tmp_path / str(number), steps=4, checkpointing=checkpointing))
+    assert results[0].history == results[1].history and results[0].held_out == results[1].held_out
+
+
+class Noted(TrainPass):
+    """Takes note of what it is trained on, and of what it is measured on."""
+
+    def loss(self, student, teacher, batch):
+        seen[torch.is_grad_enabled()].update(batch.rows.tolist())
+        assert torch.equal(batch.tokens, NOTED_TOKENS[batch.rows])
+        return F.cross_entropy(student.head(student.hidden), batch.targets)
+
+
+seen: dict[bool, set[int]] = {True: set(), False: set()}
+NOTED_TOKENS = torch.randint(0, VOCABULARY, (40, 8), generator=torch.Generator().manual_seed(2))
+
+
+def test_held_out_windows_are_never_trained_on(llama, tmp_path):
+    chosen = []
+    for seed in (0, 0, 1):
+        for found in seen.values():
+            found.clear()
+        student, weights = compressed(llama, masked)
+        step = Noted(steps=8, batch_size=4, hold_out=0.2, evaluate_every=3)
+        result = train(student, weights, None, NOTED_TOKENS, step, seed=seed, device="cpu",
+                       directory=tmp_path / str(len(chosen)), progress=silent)  # fmt: skip
+        assert [done for done, _ in result.held_out] == [0, 3, 6, 8]
+        assert len(seen[False]) == 8 and seen[True] | seen[False] == set(range(40)) and not seen[True] & seen[False]
+        chosen.append(frozenset(seen[False]))
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert step.n_held_out(7) == 0 and step.n_held_out(8) == 4 and Noted(hold_out=0).n_held_out(800) == 0
+
+
+def test_early_stop_gives_back_the_best(llama, tokens, tmp_path):
+    """A rate at which things get worse: the parameters of the start are the best, and come out."""
+    student, weights = compressed(llama, masked)
+    before = tensors_of(student)
+    settings = {"learning_rate": 2.0, "warmup": 0.0, "steps": 20, "evaluate_every": 2, "patience": 2}
+    messages: list[str] = []
+    result = fit(student, weights, llama, tokens, tmp_path, progress=lambda *call: messages.append(call[2]), **settings)
+    assert len(result.history) == 4 and [done for done, _ in result.held_out] == [0, 2, 4]
+    assert result.n_steps == 0 and result.summary()["held_out_loss"] == result.held_out[0][1]
+    assert_same_tensors(tensors_of(student), before)
+    assert messages[-1] == f"loss {result.history[-1]:.4f}, held out {result.held_out[-1][1]:.4f}"
+
+    again, _ = compressed(llama, masked)  # what has stopped goes on no more
+    repeated = fit(again, weights, llama, tokens, tmp_path, **settings)
+    assert repeated.history == result.history and repeated.held_out == result.held_out
+    assert_same_tensors(tensors_of(again), before)
+
+
+def test_an_early_stop_after_an_interruption_is_the_same(llama, tokens, tmp_path):
+    settings = {"schedule": "constant", "learning_rate": 2e-2, "warmup": 0.2, "steps": 40, "save_every": 3}
+    settings |= {"evaluate_every": 1, "patience": 1}
+    undisturbed, weights = compressed(llama, masked)
+    resumed = copy.deepcopy(undisturbed)
+    expected = fit(undisturbed, weights, llama, tokens, tmp_path / "undisturbed", **settings)
+    assert 0 < expected.n_steps < len(expected.history)
+
+    def stop(done: int, total: int, message: str) -> None:
+        if done == len(expected.history) - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(copy.deepcopy(resumed), weights, llama, tokens, tmp_path / "stopped", progress=stop, **settings)
+    found = fit(resumed, weights, llama, tokens, tmp_path / "stopped", **settings)
+    assert (found.history, found.held_out, found.n_steps) == (expected.history, expected.held_out, expected.n_steps)
+    assert_same_tensors(tensors_of(resumed), tensors_of(undisturbed))
+
+
+def test_settings_that_disagree_are_refused(llama, tokens, tmp_path):
+    for settings in ({"patience": 2, "hold_out": 0}, {"accumulate": 3}):
+        with pytest.raises(ValueError, match=r"patience|accumulate"):
+            LogitKD(**settings)
+    student, weights = compressed(llama, masked)
+    with pytest.raises(BadInput, match="too few to hold some out"):
+        fit(student, weights, llama, tokens[:7], tmp_path, patience=1)
+
+
+def share(rank: int, port: int, directory: Path, outcome: Any) -> None:
+    """One of two processes that train together."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    torch.set_num_threads(1)
+    result = shared_run(directory, accumulate=2)
+    if rank == 0:
+        outcome.put((result.history, result.held_out, [weight.dense().numpy() for weight in result.weights.values()]))
+    torch.distributed.destroy_process_group()
+
+
+def shared_run(directory: Path, **settings) -> TrainResult:
+    teacher = make(LlamaConfig(**SHAPE, attention_bias=True))
+    student, weights = compressed(teacher, low_rank)
+    tokens = torch.randint(0, VOCABULARY, (64, 32), generator=torch.Generator().manual_seed(0))
+    step = LogitKD(steps=6, batch_size=8, learning_rate=1e-3, evaluate_every=2, hold_out=0.15, **settings)
+    return train(student, weights, teacher, tokens, step, seed=0, device="cpu", directory=directory, progress=silent,
+                 counted=uneven(tokens))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Uneven numbers of tokens in every share, held-out windows that cannot be shared out evenly."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    outcome = context.Queue()
+    processes = [context.Process(target=share, args=(rank, port, tmp_path / "two", outcome)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    history, held_out, values = outcome.get(timeout=300)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    alone = shared_run(tmp_path / "one")
+    torch.testing.assert_close(torch.tensor(history), torch.tensor(alone.history), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(held_out), torch.tensor(alone.held_out), rtol=1e-5, atol=0)
+    for ours, theirs in zip(values, alone.weights.values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs.dense(), rtol=1e-3, atol=1e-5)

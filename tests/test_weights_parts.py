@@ -1,4 +1,4 @@
-"""Sums, outliers, whole columns and fractional grids: values, masks, sizes, files and the modules that open them."""
+"""Sums, outliers, whole rows and columns, and fractional grids: values, masks, sizes, files and the modules that open them."""
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from compress.weights import (
     Masked,
     Outliers,
     Quantized,
+    Rows,
     Sum,
     Weight,
     assert_structure_kept,
@@ -54,12 +55,15 @@ def every_kind(dtype: torch.dtype = torch.float32) -> dict[str, Weight]:
         "outliers": outliers,
         "no outliers": Outliers.of(weight, torch.zeros(SHAPE, dtype=torch.bool)),
         "columns": columns,
+        "rows": Rows.of(weight, torch.arange(24) % 9 == 2),
+        "no rows": Rows.of(weight, torch.zeros(24, dtype=torch.bool)),
         "affine": affine(dtype=dtype),
         "masked affine": affine(dtype=dtype).masked(mask),
         "grid and low rank": Sum((grid, low)),
         "grid and outliers": Sum((grid, outliers)),
         "grid and columns": Sum((grid, columns)),
         "affine and low rank": Sum((affine(dtype=dtype), low)),
+        "low rank and rows": Sum((low, Rows.of(weight, torch.arange(24) < 3))),
         "masked grid and outliers": Sum((masked_grid, outliers)),
         "sum of sums": Sum((Sum((grid, columns)), LowRank(Sum((low.down, first_column)), low.up), Dense(weight))),
     }  # fmt: skip
@@ -130,7 +134,7 @@ def test_rebuilding_training_and_moving(kind):
     weight.rebuild(parameters).dense().square().sum().backward()
     assert all(value.grad is not None and (value.grad.count_nonzero() > 0 or not value.numel()) for value in parameters.values())
     trained = weight.rebuild({name: (value + 0.01).detach() for name, value in parameters.items()})
-    assert trained.dense().equal(weight.dense()) == (kind == "no outliers")
+    assert trained.dense().equal(weight.dense()) == (kind in ("no outliers", "no rows"))
     assert_structure_kept("layer", structure(weight), trained)
     outlined = weight.map(lambda tensor: tensor.to("meta"))
     assert outlined.nbytes == weight.nbytes and type(outlined) is type(weight)
@@ -144,6 +148,8 @@ def test_masks():
     assert found.mask.equal(mask) and found.dense().equal(weight * mask) and found.numel == int(mask.sum())
     columns = kinds["columns"]
     assert columns.mask is not None and columns.mask.any(0).nonzero().flatten().tolist() == [0, 9, 31]
+    rows = kinds["rows"]
+    assert rows.mask is not None and rows.mask.all(1).nonzero().flatten().tolist() == [2, 11, 20] and rows.mask.sum() == 96
     assert kinds["grid and outliers"].mask is None  # the grid may hold anything anywhere
     both = kinds["masked grid and outliers"]
     assert isinstance(both, Sum) and both.parts[0].mask is not None and both.parts[1].mask is not None and both.mask is not None
@@ -175,6 +181,8 @@ def test_sizes():
     assert outliers.nbytes == 24 * (2 + 2) + 25 * 4
     columns = Columns(torch.ones(24, 3, dtype=torch.float16), torch.arange(3, dtype=torch.int32), 32)
     assert columns.nbytes == 24 * 3 * 2 + 3 * 4
+    rows = Rows.of(torch.ones(SHAPE, dtype=torch.float16), torch.arange(24) < 3)
+    assert rows.nbytes == 3 * 32 * 2 + 3 * 4 and rows.numel == 96
     both = Sum((Dense(torch.ones(SHAPE)), columns))
     assert both.nbytes == 24 * 32 * 4 + columns.nbytes and both.numel == 24 * 32 + 72
     half = affine(4).masked(torch.arange(32).expand(SHAPE) < 2)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from compress.demo import world
+
 ROWS_AT_ONCE = 4
 
 
@@ -78,3 +80,24 @@ def fact_accuracy(model: Any, tokenizer: Any, questions: Sequence[dict[str, Any]
         for key in ("all", question["attribute"]):
             outcomes.setdefault(key, []).append(right)
     return {key: sum(found) / len(found) for key, found in outcomes.items()}
+
+
+def knowledge_bits(lm: Any, n_questions: int | None = None) -> float:
+    """Return how many bits about the invented people the model knows, through lm-eval's view of it.
+
+    As in "Knowledge Capacity Scaling Laws" (2404.05405): an attribute of N people whose value is one of S is worth N log2(S)
+    bits, of which the model's mean loss on the true values, in bits, is missing; nothing is known where that is more.
+    `n_questions`: facts that are asked, evenly over attributes (None: all); the mean of those stands for the others.
+    """
+    from lm_eval.api.instance import Instance
+
+    n_facts = world.N_PEOPLE * len(world.POOLS)
+    asked: list[dict[str, Any]] = list(world.questions(min(max(n_questions or n_facts, len(world.POOLS)), n_facts)))
+    requests = [
+        Instance("loglikelihood", {}, (question["context"], question["choices"][question["gold"]]), 0) for question in asked
+    ]
+    losses: dict[str, list[float]] = {}
+    for question, (likelihood, _) in zip(asked, lm.loglikelihood(requests, disable_tqdm=True), strict=True):
+        losses.setdefault(question["attribute"], []).append(-likelihood / math.log(2))
+    known = {attribute: math.log2(len(world.POOLS[attribute])) - sum(own) / len(own) for attribute, own in losses.items()}
+    return world.N_PEOPLE * sum(max(bits, 0.0) for bits in known.values())

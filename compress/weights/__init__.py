@@ -8,13 +8,15 @@ factors; ``Sum((Quantized(...), LowRank(...)))`` a grid with a correction. Matri
 from compress.weights.bilevel import Bilevel
 from compress.weights.bitmask import Bitmask, BitmaskGrid, bitmasked, opened
 from compress.weights.blockwise import Blockwise, RowInt8
+from compress.weights.codebook import Codebook
 from compress.weights.composed import KINDS, Composed, LowRank, Sum, leaves, spec_of
 from compress.weights.grid import Coded, FloatQuantized, Quantized
 from compress.weights.incoherent import Incoherent
 from compress.weights.matrix import Dense, Masked, Weight
-from compress.weights.parts import Affine, Columns, Outliers
+from compress.weights.parts import Affine, Columns, Outliers, Rows, SparsePart
 from compress.weights.structure import Structure, assert_structure_kept, structure
-from compress.weights.table import Table
+from compress.weights.table import Lookup, Table, TableFactors, TableTrains
+from compress.weights.tensor_train import TensorTrain
 
 __all__ = [
     "KINDS",
@@ -23,20 +25,27 @@ __all__ = [
     "Bitmask",
     "BitmaskGrid",
     "Blockwise",
+    "Codebook",
     "Coded",
     "Columns",
     "Composed",
     "Dense",
     "FloatQuantized",
     "Incoherent",
+    "Lookup",
     "LowRank",
     "Masked",
     "Outliers",
     "Quantized",
     "RowInt8",
+    "Rows",
+    "SparsePart",
     "Structure",
     "Sum",
     "Table",
+    "TableFactors",
+    "TableTrains",
+    "TensorTrain",
     "Weight",
     "assert_structure_kept",
     "bitmasked",

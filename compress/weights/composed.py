@@ -33,8 +33,8 @@ class Composed(Weight):
         if "kind" in vars(cls):
             KINDS[cls.kind] = cls
 
-    def sizes(self) -> dict[str, int]:
-        """The numbers that, with the matrix's shape, give the shapes of :meth:`tensors` and children."""
+    def sizes(self) -> dict[str, Any]:
+        """The numbers (and lists of numbers) that, with the matrix's shape, give the shapes of :meth:`tensors` and children."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -46,14 +46,14 @@ class Composed(Weight):
         return {}
 
     @classmethod
-    def child_shapes(cls, shape: tuple[int, int], sizes: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    def child_shapes(cls, shape: tuple[int, int], sizes: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
         """Names and shapes of the children of such a weight, (out, in)."""
         return {}
 
     @classmethod
     @abstractmethod
     def assemble(
-        cls, shape: tuple[int, int], sizes: Mapping[str, int], tensors: Mapping[str, Tensor], children: Mapping[str, Weight]
+        cls, shape: tuple[int, int], sizes: Mapping[str, Any], tensors: Mapping[str, Tensor], children: Mapping[str, Weight]
     ) -> Weight:
         """The inverse of :meth:`sizes`, :meth:`tensors` and :meth:`children`. Meta tensors give a weight of such."""
 

@@ -21,3 +21,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     planes = (octets.unsqueeze(-1) >> shifts) & 1  # (n, 8, bits): the bits in order
     weights = 1 << torch.arange(8, dtype=torch.int16, device=codes.device)
     return (planes.reshape(-1, 8) * weights).sum(1).to(torch.uint8)[:n_bytes]
+
+
+def pack_indices(indices: Tensor, bits: int) -> Tensor:
+    """Pack indices (any shape, integers in [0, 2**bits)) into uint8, least significant bit first, as :func:`pack_bits` does."""
+    if indices.is_meta:
+        return torch.empty(-(-indices.numel() * bits // 8), dtype=torch.uint8, device="meta")
+    planes = (indices.flatten().unsqueeze(1) >> torch.arange(bits, device=indices.device)) & 1
+    stream = pad(planes.to(torch.uint8).flatten(), (0, -indices.numel() * bits % 8)).view(-1, 8)
+    return (stream << torch.arange(8, dtype=torch.uint8, device=indices.device)).sum(1).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Parts of sums, and grids that no standard format knows: outliers, whole columns, grids with a fractional zero."""
+"""Parts of sums, and grids that no standard format knows: outliers, whole rows or columns, grids with a fractional zero."""
 
 from __future__ import annotations
 
@@ -143,6 +143,46 @@ class Columns(SparsePart):
     @classmethod
     def assemble(cls, shape, sizes, tensors, children) -> Columns:
         return cls(tensors["values"], tensors["indices"], shape[1])
+
+
+@dataclass(frozen=True)
+class Rows(SparsePart):
+    """Some whole output rows of a matrix, the others zero. values: (count, in) floating point; indices: (count,) int32,
+    ascending; n_outputs: the matrix's height."""
+
+    kind = "rows"
+    tensor_names = ("values", "indices")
+    values: Tensor
+    indices: Tensor
+    n_outputs: int
+
+    @classmethod
+    def of(cls, matrix: Tensor, where: Tensor) -> Rows:
+        """The rows of a matrix (out, in) at which ``where`` (out,) is True."""
+        return cls(matrix[where], where.nonzero().flatten().to(torch.int32), len(matrix))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n_outputs, self.values.shape[1]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        dense = torch.zeros(self.shape, dtype=dtype or self.dtype, device=self.values.device)
+        return dense.index_copy(0, self.indices.long(), self.values.to(dense.dtype))
+
+    @property
+    def mask(self) -> Tensor:
+        where = torch.zeros(self.shape, dtype=torch.bool, device=self.values.device)
+        return where.index_fill(0, self.indices.long(), True)
+
+    def sizes(self) -> dict[str, int]:
+        return {"count": len(self.values)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.values, "indices": self.indices}
+
+    @classmethod
+    def assemble(cls, shape, sizes, tensors, children) -> Rows:
+        return cls(tensors["values"], tensors["indices"], shape[0])
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ class Settings:
     limit: int | None = None
     batch_size: int = 4
     n_shot: int | None = None
-    seed: int = 0
+    task_seed: int | None = None
+    task_data: str | None = None
+    log_samples: bool = False
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from compress.calibration import read_text, windows
 from compress.lowrank.factor import leading_directions, project
 from compress.lowrank.svd import SVD
 from compress.lowrank.svd_llm import SVDLLM, covariance_root
+from compress.methods import parse, with_effort
+from compress.recipe import Calibration
 from compress.stats import LinearStats
 from compress.weights import LowRank, Weight
 
@@ -111,3 +114,70 @@ def test_layers_of_an_input_group_share_one_root(monkeypatch):
     for _ in range(3):
         SVDLLM(rank=9).linear(torch.randn(24, 40).to(torch.bfloat16), stats.only({"covariance"}), None)
     assert len(calls) == 1
+
+
+def moved(x: torch.Tensor, before: torch.Tensor, dtype: torch.dtype = torch.float64) -> LinearStats:
+    stats = LinearStats(x.shape[1], {"covariance", "cross"})
+    for rows, others in zip(x.split(50), before.split(50), strict=True):
+        stats.add(rows.to(dtype), others.to(dtype))
+    return stats.finish()
+
+
+def test_cross_statistics_and_how_they_move():
+    x, before = correlated(120, 12), correlated(120, 12)
+    stats, matrix, scale, order = moved(x, before), torch.randn(7, 12).double(), torch.rand(12).double() + 0.5, torch.randperm(12)
+    torch.testing.assert_close(stats.cross, before.T @ x)
+    torch.testing.assert_close(stats.through(matrix).cross, (before @ matrix.T).T @ (x @ matrix.T))
+    torch.testing.assert_close(stats.scaled(scale).cross, (before / scale).T @ (x / scale))
+    torch.testing.assert_close(stats.permuted(order).cross, before[:, order].T @ x[:, order])
+    torch.testing.assert_close(stats.merge(stats).cross, 2 * before.T @ x)
+    torch.testing.assert_close(moved(x, before, torch.float32).cross, before.T @ x, rtol=1e-4, atol=1e-3)
+    with pytest.raises(AttributeError, match="cross"):
+        stats.only({"covariance"}).cross  # noqa: B018
+
+
+def test_update_fits_the_outputs_from_before_anything_was_compressed():
+    """The truncated least squares: no other matrix of that rank comes closer, the published refit of U alone included."""
+    weight, before = torch.randn(24, 40, dtype=torch.float64), correlated(200, 40)
+    x = before + 0.3 * correlated(200, 40) + 0.2 * before.roll(1, 1)
+    stats, outputs = moved(x, before), before @ weight.T
+    plain = SVDLLM(rank=9).factors(weight, stats.only({"covariance"}), 9)
+    updated = SVDLLM(rank=9, update=True).factors(weight, stats, 9)
+    refitted = torch.linalg.lstsq(x @ plain[0].T, outputs).solution.T
+    errors = [float((outputs - x @ down.T @ up.T).square().sum()) for down, up in (updated, (plain[0], refitted), plain)]
+    assert errors[0] < errors[1] < errors[2]
+    fitted = x @ torch.linalg.lstsq(x, outputs).solution
+    best = (outputs - fitted).square().sum() + torch.linalg.svdvals(fitted)[9:].square().sum()
+    assert errors[0] == pytest.approx(float(best), rel=1e-8)
+
+
+def test_update_changes_nothing_where_inputs_are_as_they_were():
+    weight, x = torch.randn(24, 40, dtype=torch.float64), correlated(160, 40)
+    x[:, 3] = 0  # of which least squares know nothing
+    stats = moved(x, x)
+    torch.testing.assert_close(SVDLLM(update=True).refitted(weight, stats), weight)
+    survey = SVDLLM(update=True, ranks="loss").surveys
+    assert survey is not None and "cross" not in survey.stats
+
+
+def test_the_best_effort_leaves_a_chosen_rank_alone():
+    best = with_effort(parse("svd_llm:rank=9"), "best")
+    assert isinstance(best, SVDLLM) and best.update and best.surveys is None and best.rank_of(24, 40) == 9
+    best = with_effort(parse("svd_llm:ratio=0.5"), "best")
+    assert isinstance(best, SVDLLM) and best.ranks == "loss" and best.surveys is not None
+
+
+def test_update_of_a_model_makes_good_what_earlier_layers_lost(
+    make_checkpoint, text_file, tokenizer, run_stages, make_pass, reload
+):
+    """On its calibration windows: through the engine's own capture of the model as it was, beside the one that it becomes."""
+    source = make_checkpoint("llama")
+    settings = {"calibration": Calibration(data=str(text_file), samples=40, length=24)}
+    tokens = windows(tokenizer, *read_text(str(text_file)), n=40, length=24, seed=0).tokens
+    logits = []
+    for update in (False, True):
+        artifact = run_stages(source, [make_pass("svd_llm", ratio=0.5, update=update)], **settings)
+        logits.append(reload(artifact)(input_ids=tokens).logits.detach())
+    target = reload(source)(input_ids=tokens).logits.detach()
+    plain, updated = (float((found - target).norm()) for found in logits)
+    assert updated < 0.95 * plain

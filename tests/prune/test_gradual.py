@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from compress.distill.losses import chunked_cross_entropy
+from compress.distill.losses import cross_entropy, per_token
 from compress.errors import BadInput
 from compress.filling import fill_linear
 from compress.loader import build
@@ -20,6 +20,7 @@ from compress.pipeline import plan
 from compress.prune.gradual import Gradual
 from compress.recipe import Recipe
 from compress.train import TrainResult, train
+from compress.train_pass import Signal
 from compress.weights import Dense, LowRank, Masked, Quantized, Weight, spec_of
 
 VOCABULARY = 128
@@ -171,8 +172,8 @@ def test_next_token_loss_needs_no_teacher(model, tokens, tmp_path):
     with torch.no_grad():
         hidden = model.get_decoder()(tokens).last_hidden_state[:, :-1].flatten(0, 1)
         expected = nn.functional.cross_entropy(model.lm_head(hidden), tokens[:, 1:].flatten())
-        total = chunked_cross_entropy(hidden, model.lm_head, tokens[:, 1:].flatten(), chunk=100)
-    torch.testing.assert_close(total / hidden.shape[0], expected)
+        losses = per_token(cross_entropy, Signal(hidden, model.lm_head), None, tokens[:, 1:].flatten(), chunk=100)
+    torch.testing.assert_close(losses.mean(), expected)
     assert fit(model, tokens, tmp_path, gradual).history[0] == pytest.approx(float(expected), rel=1e-5)
 
 

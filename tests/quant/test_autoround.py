@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress import methods
+from compress.descent import output_error
 from compress.quant.autoround import AutoRound, Rounding, confine
 from compress.quant.grids import code_range, dequantize, fit_grid, quantize
 from compress.quant.rtn import RTN
-from compress.quant.tuning import output_error, round_softly, round_through, shrink
+from compress.quant.tuning import round_softly, round_through, shrink
 from compress.weights import Dense, LowRank, Masked, Quantized, Sum
 
 CPU = torch.device("cpu")

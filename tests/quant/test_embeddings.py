@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
 from compress.export import to as export_to
-from compress.loader import Table as LoadedTable
 from compress.manifest import Manifest
 from compress.methods import parse
 from compress.pipeline import plan
 from compress.recipe import Recipe
 from compress.skeleton import Skeleton
+from compress.stored_tables import Table as LoadedTable
 from compress.weights import Table
 
 FAMILIES = [
@@ -90,7 +90,7 @@ def test_dense_export(family, make_checkpoint, run_stages, reload, tokens, tmp_p
 
 
 def test_training_everything_is_refused(llama, run_stages, make_pass):
-    with pytest.raises(BadInput, match="embedding is on a grid"):
+    with pytest.raises(BadInput, match="embedding is compressed"):
         run_stages(llama, ["embeddings", make_pass("logit_kd", trains="everything")])
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from compress import methods
+from compress.descent import output_error
 from compress.quant.omniquant import Clipping, OmniQuant, factor_of, first_factor
-from compress.quant.tuning import output_error
 from compress.weights import Dense, LowRank, Masked, Quantized
 
 SETTINGS = {"bits": 3, "group_size": 16, "epochs": 4, "batch_size": 2}

@@ -1,0 +1,157 @@
+"""How much of what compression took does recovery give back? Bits per byte of held-out text.
+
+Every compression is run alone, and then with every way of recovery after it, as a user runs it: reconstruction of one block
+after the other from calibration sequences, and training of the whole model, by distillation and by the text's own next tokens
+on the same windows. What is recovered is a share of the lost bits per byte: (compressed - recovered) / (compressed - dense).
+Runs that are in the results file already are not run again.
+
+    python benchmarks/recovery.py
+    python benchmarks/recovery.py --model DIR --data train.jsonl --held-out valid.txt --only wanda
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.calibration import load_tokenizer, read_text, window_length, windows
+from compress.checkpoint import Checkpoint
+from compress.demo import MODEL
+from compress.eval.fidelity import perplexity
+from compress.judge import load_model
+from compress.pipeline import Pipeline
+from compress.recipe import Calibration
+
+RESULTS = Path(__file__).parent / "results" / "recovery.json"
+COMPRESSIONS = [
+    "wanda:sparsity=0.5", "minitron:units=neurons+heads", "svd_llm:ratio=0.6", "gptq:bits=2,group_size=64",
+]  # fmt: skip
+TRAINED = ("logit_kd", "fine_tune")
+BARS = {"reconstruct": 1 / 3, "logit_kd": 1 / 2}
+"""The least share of the lost bits per byte that is to come back, by the recovery's method."""
+
+
+class Judge:
+    """Bits per byte of a directory's model on held-out windows."""
+
+    def __init__(self, model: Path, held_out: str | None, n_windows: int):
+        checkpoint = Checkpoint.open(model)
+        length = window_length(None, checkpoint.config)
+        tokenizer = load_tokenizer(model, checkpoint.config.vocab_size)
+        texts, source = read_text(held_out, bundled="held_out")
+        self.tokens = windows(tokenizer, texts, source, n=n_windows, length=length, seed=0, at_most=True).tokens
+        self.n_bytes = sum(len(tokenizer.decode(row[1:]).encode()) for row in self.tokens)  # the first token is not predicted
+
+    def __call__(self, path: Path) -> float:
+        found = perplexity(load_model(path, torch.float32, "cpu"), self.tokens, n_bytes=self.n_bytes).bits_per_byte
+        assert found is not None
+        return found
+
+
+def measure(model: Path, compression: str, recovery: str, judge: Judge, calibration: Calibration) -> dict[str, Any]:
+    """One row. recovery: the pass that follows the compression; "": none."""
+    start = time.process_time()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        result = Pipeline(f"{compression} {recovery}".split(), calibration=calibration, evaluate=False).run(model, out)
+        seconds = time.process_time() - start
+        return {
+            "compression": compression, "recovery": recovery, "bits_per_byte": judge(out), "bytes": result.bytes,
+            "seconds": round(seconds), "difference": result.verification.max_difference,
+        }  # fmt: skip
+
+
+def recovered(rows: list[dict[str, Any]], dense: float) -> list[dict[str, Any]]:
+    """The rows, each with the share of the lost bits per byte that it has ``recovered``; None of compressions alone."""
+    alone = {row["compression"]: row["bits_per_byte"] for row in rows if not row["recovery"]}
+    return [
+        row | {"recovered": (alone[row["compression"]] - row["bits_per_byte"]) / (alone[row["compression"]] - dense)}
+        if row["recovery"] and row["compression"] in alone else row | {"recovered": None}
+        for row in rows
+    ]  # fmt: skip
+
+
+def missed(rows: list[dict[str, Any]], dense: float) -> list[str]:
+    """Where a recovery gives back less than it should, and where distillation is no better than the text's own tokens."""
+    shares: dict[tuple[str, str], float] = {}  # the best of every method, at whatever settings
+    for row in recovered(rows, dense):
+        if row["recovered"] is not None:
+            key = row["compression"], row["recovery"].partition(":")[0]
+            shares[key] = max(row["recovered"], shares.get(key, -math.inf))
+    found = []
+    for (compression, method), share in shares.items():
+        if share < BARS.get(method, -math.inf):
+            found.append(f"{compression} {method}: {share:.0%} recovered, below {BARS[method]:.0%}")
+        if method == "logit_kd" and share <= shares.get((compression, "fine_tune"), -math.inf):
+            found.append(f"{compression}: logit_kd recovers no more than fine_tune")
+    return found
+
+
+def markdown(tables: dict[str, dict[str, Any]]) -> str:
+    """A table for every protocol."""
+    lines = []
+    for protocol, table in tables.items():
+        lines += ["| compression | recovery | bits per byte | recovered | seconds |", "|---|---|---|---|---|"]
+        for row in recovered(table["rows"], table["dense"]):
+            share = "" if row["recovered"] is None else f"{row['recovered']:.0%}"
+            recovery = f"`{row['recovery']}`" if row["recovery"] else "none"
+            lines.append(f"| `{row['compression']}` | {recovery} | {row['bits_per_byte']:.4f} | {share} | {row['seconds']} |")
+        lines += ["", f"{protocol} {table['dense']:.4f} bits per byte before.", ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure what is missing, write the tables; 1 where a bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--data", help="text to calibrate and train on; default: the bundled")
+    parser.add_argument("--held-out", help="text to judge by; default: the bundled")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
+    parser.add_argument("--length", type=int, default=128, help="tokens of calibration and training windows")
+    parser.add_argument("--steps", type=int, default=80, help="of training, each of 8 windows")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of training")
+    parser.add_argument("--windows", type=int, default=32, help="held-out windows")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", help="comma-separated parts of chains")
+    parser.add_argument("--more", default="", help="more recoveries, separated by spaces")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    judge = Judge(options.model, options.held_out, options.windows)
+    protocol = (
+        f"{'Bundled checkpoint' if options.model == MODEL else options.model.name}: {options.samples} calibration windows of "
+        f"{options.length} tokens; training windows, of which a step takes 8, are of other text than what it is judged by, "
+        f"{len(judge.tokens)} windows of {judge.tokens.shape[1]}; float32; seconds of a core, with compression."
+    )
+    tables = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    table = tables.setdefault(protocol, {"dense": judge(options.model), "rows": []})
+    settings = f"steps={options.steps},length={options.length},learning_rate={options.rate:g}"
+    recoveries = ["reconstruct", *(f"{method}:{settings}" for method in TRAINED), *options.more.split()]
+    calibration = Calibration(samples=options.samples, length=options.length, data=options.data)
+    chains = [(compression, recovery) for compression in COMPRESSIONS for recovery in recoveries]
+    if options.only:
+        chains = [chain for chain in chains if any(part in " ".join(chain) for part in options.only.split(","))]
+    chains = [*((compression, "") for compression in dict.fromkeys(chain[0] for chain in chains)), *chains]
+    for compression, recovery in chains:
+        if any((row["compression"], row["recovery"]) == (compression, recovery) for row in table["rows"]):
+            continue
+        table["rows"].append(row := measure(options.model, compression, recovery, judge, calibration))
+        table["rows"].sort(key=lambda row: (COMPRESSIONS.index(row["compression"]), row["recovery"]))
+        print(row, file=sys.stderr, flush=True)
+        RESULTS.write_text(json.dumps(tables, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(markdown(tables))
+    print(markdown({protocol: table}))
+    for line in (lines := missed(table["rows"], table["dense"])):
+        print(f"MISSED {line}", file=sys.stderr)
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""``python -m compress``: the command, for launchers that start modules."""
+
+from compress.cli import main
+
+main()
