@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "low_rank_orderings.json"
 CLAIMS = [
     ("asvd", "svd"), ("svd_llm", "asvd"), ("svd_llm:update=true", "svd_llm"), ("fwsvd", "svd"), ("svd_llm:ranks=type", "svd_llm"),
     ("svd_llm:ranks=loss", "svd_llm"), ("losparse", "svd_llm"), ("sltrain", "svd_llm"),
+    ("svd_llm:update=true,ranks=loss", "svd_llm:update=true"), ("svd_llm:update=true,ranks=loss", "svd_llm:ranks=loss"),
 ]  # fmt: skip
 CHAINS = sorted({chain for claim in CLAIMS for chain in claim})
 

@@ -98,9 +98,10 @@ def procedure(
 
 def quality(subject: Subject, samples: int) -> dict[str, Any]:
     """Perplexities by ratio."""
-    length = window_length(None, subject.model.config)
+    config: Any = subject.model.config
+    length = window_length(None, config)
     texts, origin = read_text(subject.calibration)
-    tokenizer = load_tokenizer(subject.path, subject.model.config.vocab_size)
+    tokenizer = load_tokenizer(subject.path, config.vocab_size)
     tokens = windows(tokenizer, texts, origin, n=samples, length=length, seed=0).tokens
     calibration = Calibration(data=subject.calibration, samples=samples, length=length)
     found: dict[str, Any] = {"dense": subject.perplexity({}), "tokens": tokens.numel()}

@@ -14,7 +14,9 @@ INHERITED = ("license", "license_name", "license_link", "language")
 """What a model made from another keeps of that one's card."""
 
 
-def write_card(directory: Path, manifest: Manifest, source: Path, metrics: Metrics | None = None, report: Report | None = None) -> None:
+def write_card(
+    directory: Path, manifest: Manifest, source: Path, metrics: Metrics | None = None, report: Report | None = None
+) -> None:
     """Write ``README.md``. source: the directory that the model was made from, whose licence it keeps."""
     remote = ", trust_remote_code=True" if manifest.tier == "shim" else ""
     name = f"{Path(manifest.base).name}, compressed"

@@ -169,8 +169,9 @@ def _say(lines: Iterable[str], *, err: bool) -> None:
 def plan_command(
     model: Model = None, passes: Passes = None, recipe: RecipeOption = None, calibration: CalibrationOption = None,
     column: Column = None, samples: Samples = None, length: Length = None, tasks: Tasks = None, include: Include = None,
-    limit: Limit = None, seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None,
-    as_json: Json = False,
+    limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None,
+    log_samples: LogSamples = False, streamed: StreamedOption = None, reference: References = None,
+    seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None, as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="ignored: a plan writes nothing")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="ignored: a plan measures nothing")] = False,
     trust_remote_code: Trust = False, allow_pickle: Pickle = False,
@@ -181,7 +182,10 @@ def plan_command(
     settings = _recipe(
         model, passes, recipe,
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
-        evaluation=_measuring(tasks, include, limit),
+        evaluation=_measuring(
+            tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
+            log_samples=log_samples, streamed=streamed, references=reference,
+        ),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
     )  # fmt: skip

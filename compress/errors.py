@@ -1,5 +1,7 @@
 """How a run stops on purpose, which the command line maps to exit codes, and how other libraries' errors are put in a line."""
 
+from typing import Any
+
 from pydantic import ValidationError
 
 
@@ -14,7 +16,7 @@ class BadInput(CompressError, ValueError):
 class GateMissed(CompressError):
     """The artifact was made but does not meet a condition; exit code 3. result: what was made or measured all the same."""
 
-    def __init__(self, message: str, result: object = None):
+    def __init__(self, message: str, result: Any = None):
         super().__init__(message)
         self.result = result
 

@@ -62,24 +62,25 @@ class Gates(BaseModel):
         fidelity = metrics.fidelity if metrics else None
         if (limit := self.min_recovery) is not None:
             kept = metrics.mean_recovery if metrics else None
-            yield _judged("--min-recovery", "recovery", kept, limit, kept is not None and kept >= limit, f"below {limit:g}")
+            held = kept is not None and kept >= limit
+            yield _judged("--min-recovery", "recovery", kept, "at least" if held else "below", limit, held)
         if (limit := self.max_bytes) is not None:
-            told = f"{n_bytes:,} bytes are {'at most' if n_bytes <= limit else 'more than'} {limit:,}"
-            yield Checked("--max-bytes", n_bytes <= limit, told)
+            held = n_bytes <= limit
+            yield Checked("--max-bytes", held, f"{n_bytes:,} bytes are {'at most' if held else 'more than'} {limit:,}")
         if (limit := self.max_kl) is not None:
             divergence = fidelity.kl_mean if fidelity else None
             held = divergence is not None and divergence <= limit
-            yield _judged("--max-kl", "KL to the base, nats per token,", divergence, limit, held, f"above {limit:g}")
+            yield _judged("--max-kl", "KL to the base", divergence, "at most" if held else "above", limit, held)
         if (limit := self.max_flips) is not None:
             share = _flipped(metrics)
             held = share is not None and share <= limit
-            yield _judged("--max-flips", "share of answers from right to wrong", share, limit, held, f"above {limit:g}")
+            yield _judged("--max-flips", "share of flips to wrong", share, "at most" if held else "above", limit, held)
 
 
-def _judged(option: str, what: str, value: float | None, limit: float, held: bool, otherwise: str) -> Checked:
+def _judged(option: str, what: str, value: float | None, relation: str, limit: float, held: bool) -> Checked:
     if value is None:
         return Checked(option, False, f"{what} was not measured (limit {limit:g})")
-    return Checked(option, held, f"{what} {value:.5g} is {'within ' + format(limit, 'g') if held else otherwise}")
+    return Checked(option, held, f"{what} {value:.5g} is {relation} {limit:g}")
 
 
 def _flipped(metrics: Metrics | None) -> float | None:

@@ -25,7 +25,9 @@ class Destination:
         except HFValidationError as error:
             raise BadInput(f"--push-to {repository}: no name of a repository: {explain(error)}") from None
         if Path(repository).exists():
-            raise BadInput(f"--push-to {repository}: is a directory here; name a repository of the hub, such as you/{Path(repository).name}")
+            raise BadInput(
+                f"--push-to {repository}: is a directory here; name a repository of the hub, such as you/{Path(repository).name}"
+            )
         if constants.HF_HUB_OFFLINE:
             raise BadInput("--push-to: HF_HUB_OFFLINE is set; unset it to upload")
         if not get_token():
@@ -46,6 +48,7 @@ class Destination:
             )  # fmt: skip
         except Exception as error:
             raise CompressError(
-                f"{artifact} is complete, but was not uploaded: {explain(error)}; `hf upload {self.repository} {artifact}` tries again"
+                f"{artifact} is complete, but was not uploaded: {explain(error)}; "
+                f"`hf upload {self.repository} {artifact}` tries again"
             ) from None
         return str(created)

@@ -128,6 +128,13 @@ class StreamPass(Pass):
         """Whether statistics are re-measured after each input group of a block (q/k/v, then o, ...)."""
         return False
 
+    @property
+    def undisturbed(self) -> bool:
+        """Whether statistics are to be of the inputs that layers had when the stage began, and not of those that the blocks
+        compressed so far have left. So they are in a stage whose passes all say so, which runs every block once instead of twice.
+        """
+        return False
+
     def matches(self, name: str) -> bool:
         """Whether this pass compresses the linear layer of that full name."""
         return matches_any(name, self.targets) and not matches_any(name, self.skip)

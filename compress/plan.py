@@ -27,7 +27,7 @@ from compress.weights.composed import settled, unmasked
 
 _HEADER_BYTES_PER_TENSOR = 52  # of its entry in the header, without its name and the two offsets
 _FORWARD_TOKENS = 4096
-_BEST_RATIO = 2.5  # of a teacher's parameters to its student's
+_BEST_RATIO, _LARGEST_RATIO = 2.5, 3.0  # of a teacher's parameters to its student's; above the latter it is said
 
 
 class PlannedPass(BaseModel):
@@ -214,7 +214,7 @@ def _training_operations(step: TrainPass, n_student: int, n_teacher: int, length
 def _capacity_gap(step: TrainPass, n_student: int, n_teacher: int) -> list[str]:
     """Advice where the teacher is too large to learn from: the law of capacity gap (Zhang et al., 2311.07052)."""
     ratio = n_teacher / n_student
-    if ratio <= _BEST_RATIO:
+    if ratio <= _LARGEST_RATIO:
         return []
     between = [n_teacher / _BEST_RATIO**power for power in range(1, math.ceil(math.log(ratio, _BEST_RATIO) - 1e-9))]
     ladder = " -> ".join(f"{size / 1e6:,.3g}M" for size in (n_teacher, *between, n_student))

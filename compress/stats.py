@@ -15,7 +15,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-STATISTICS = ("sum", "sqnorm", "abssum", "absmax", "hessian", "covariance", "cross", "fisher")
+OF_INPUTS = ("sum", "sqnorm", "abssum", "absmax", "hessian", "covariance")
+STATISTICS = (*OF_INPUTS, "cross", "fisher")
 """sum, sqnorm, abssum: sums of x, x^2 and |x|; absmax: max |x|, all of shape (in,), float32. hessian: sum of x x^T, (in, in),
 float32; covariance: the same sum kept in float64. A covariance gives a Hessian, and a Hessian its diagonal, sqnorm.
 cross: sum of r x^T, (in, in) float64, r being what x was when the stage began, before any layer was compressed.

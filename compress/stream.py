@@ -76,6 +76,10 @@ class Stream:
         self.needs_reference = {need.teacher for need in needs if need.reference}  # of which models: the teacher's, the stage's
         self.needs_reference |= {False} if self.needs_cross else set()
         self.original = original
+        capturing = [[step for step in phase if self.needs(step).captured] for phase in self.phases]
+        self.undisturbed = all(step.undisturbed for phase in capturing for step in phase) and sum(map(bool, capturing)) == 1
+        self.undisturbed &= not any(need.inputs or need.reference for need in needs)
+        self.entered = 0  # the block whose inputs the activations are, where they run ahead of what is compressed
 
     def needs(self, step: StreamPass) -> Needs:
         """What a pass needs of this stream."""
@@ -162,14 +166,17 @@ class Stream:
         return torch.from_file(str(file), shared=True, size=n_elements, dtype=dtype).reshape(shape)
 
     def _propagate(self, index: int) -> None:
-        """Inputs of the next block, from the block as it is now."""
+        """Inputs of the next block, from the block as it is now, or as it was where these are to be undisturbed."""
         skeleton = self.skeleton
-        if self.activations is not None and index + 1 < len(skeleton.blocks):
-            skeleton.block_arguments = self.calls
-            for rows in self.activations.split(self.batch):
-                rows.copy_(skeleton.run_block(index, rows))
         skeleton.block_arguments = self.probe_calls
         self.probe = skeleton.run_block(index, self.probe).cpu()
+        if self.activations is None or index + 1 == len(skeleton.blocks) or self.entered > index:
+            return
+        if self.undisturbed:
+            skeleton.load_block(index, skeleton.read_weights(index))
+        skeleton.block_arguments = self.calls
+        for rows in self.activations.split(self.batch):
+            rows.copy_(skeleton.run_block(index, rows))
 
     # one block
 
@@ -261,7 +268,7 @@ class Stream:
         def hook(group: tuple[str, ...]):
             def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 gathered[group].add(inputs[0], before.get(group[0]))
-                if group == wanted_groups[-1]:
+                if group == wanted_groups[-1] and not self.undisturbed:
                     raise _Enough
 
             return see
@@ -278,7 +285,9 @@ class Stream:
                     before = entering(number) if entering else before
                     skeleton.block_arguments = self.calls
                     with suppress(_Enough):
-                        skeleton.run_block(block.index, rows)
+                        outputs = skeleton.run_block(block.index, rows)
+                        rows.copy_(outputs)  # which none but undisturbed inputs come to
+            self.entered = block.index + self.undisturbed
         finally:
             for handle in handles:
                 handle.remove()

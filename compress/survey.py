@@ -34,6 +34,7 @@ class Survey(Stream):
     def find(self) -> dict[str, Any]:
         """The pass's measurements by full layer name."""
         ((step,),) = self.phases
+        self.undisturbed = False  # nothing is compressed, and what enters a block is needed again
         n_blocks, found = len(self.skeleton.blocks), {}
         self._start_activations()
         for index in range(n_blocks):

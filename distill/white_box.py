@@ -33,16 +33,16 @@ class WhiteBox(TrainPass):
     temperature: float = Field(1.0, gt=0, description="divides both models' logits")
     chunk: int | None = Field(None, ge=1, description="tokens whose logits exist at one time; none: those of 40 MB")
     select: Literal["paser"] | None = Field(None, description="paser: train on the windows where compression has cost most")
-    share: float = Field(0.25, gt=0, le=1, description="of the windows looked at, how many are then trained on")
+    selected: float = Field(0.25, gt=0, le=1, description="share of the windows looked at that select leaves")
 
     @property
     def n_windows(self) -> int:
-        return super().n_windows if self.select is None else math.ceil(super().n_windows / self.share)
+        return super().n_windows if self.select is None else math.ceil(super().n_windows / self.selected)
 
     def pick(self, student: PreTrainedModel, teacher: PreTrainedModel, data: Batch, seed: int) -> Tensor | None:
         if self.select is None:
             return None
-        n = min(super().n_windows, math.ceil(self.share * len(data.tokens)))
+        n = min(super().n_windows, math.ceil(self.selected * len(data.tokens)))
         return select(student, teacher, data.tokens, data.counted, n, seed=seed)
 
     @model_validator(mode="after")

@@ -75,9 +75,7 @@ class Comparison(BaseModel):
         """The comparison as a table of text."""
         rows = [("", "A", "B", "B against A"), *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = [
-            f"{name:<{widths[0]}}  {a:>{widths[1]}}  {b:>{widths[2]}}  {words}".rstrip() for name, a, b, words in rows
-        ]
+        table = [f"{name:<{widths[0]}}  {a:>{widths[1]}}  {b:>{widths[2]}}  {words}".rstrip() for name, a, b, words in rows]
         return [f"A: {self.a.label}", f"B: {self.b.label}", "", *table, *(f"note: {note}" for note in self.notes)]
 
     def cases(self) -> list[Case]:

@@ -144,7 +144,7 @@ def least_loss(
         gains = [-np.diff(losses[i][[0, *options[i]]]) / options[i].step / sum(shapes[i]) for i in factored]
         for index, count in zip(factored, fill(costs, gains, left), strict=True):
             found[index] = options[index][count - 1]
-        return sum(losses[i][found[i]] for i in factored), found
+        return float(sum(losses[i][found[i]] for i in factored)), found
 
     best = solve()
     for index in sorted(set(range(len(shapes))) - whole, key=lambda i: -_price_of_whole(shapes[i], options[i], losses[i])):

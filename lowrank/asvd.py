@@ -30,6 +30,10 @@ class ASVD(Factoriser):
     def needs(self) -> Needs:  # type: ignore[override]  # depends on a setting
         return Needs(frozenset({"abssum" if self.size == "mean" else "absmax"}))
 
+    @property
+    def undisturbed(self) -> bool:
+        return True
+
     def metric(self, weight: Tensor, stats: LinearStats) -> Tensor:
         sizes = (stats.abssum / max(stats.n, 1) if self.size == "mean" else stats.absmax).double()
         scale = sizes.pow(self.alpha)

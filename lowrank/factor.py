@@ -160,7 +160,7 @@ class Factoriser(LinearPass):
             found["effects"] = [effect(candidate) for candidate in tried]
         return found
 
-    def allocate(self, found: dict[str, Any], groups: Sequence[tuple[str, ...]]) -> dict[str, LinearPass]:
+    def allocate(self, found: dict[str, Any], groups: Sequence[tuple[str, ...]]) -> dict[str, Factoriser]:
         layers = [
             Layer(
                 tuple(own["shape"]),

@@ -14,7 +14,7 @@ from compress.block import Block, rescaled
 from compress.checkpoint import Checkpoint
 from compress.quant.rtn import RTN
 from compress.skeleton import Skeleton
-from compress.stats import STATISTICS, LinearStats
+from compress.stats import OF_INPUTS, LinearStats
 from compress.weights import Dense, LowRank, Masked, Outliers, Quantized, Sum, Weight
 
 FAMILIES = [
@@ -129,13 +129,13 @@ def test_statistics_follow_a_fold(family, make_block):
         block.fold(edge, scale_for(block, edge, powers_of_two=False))
         for local, stats in block.stats.items():
             assert (stats is own[local]) == (local not in edge.readers)
-            for name in STATISTICS:
+            for name in OF_INPUTS:
                 expected = getattr(gather(block, local, rows), name)
                 torch.testing.assert_close(getattr(stats, name), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def gather(block: Block, local: str, rows: Tensor) -> LinearStats:
-    stats = LinearStats(block.weights[local].shape[1], STATISTICS)
+    stats = LinearStats(block.weights[local].shape[1], OF_INPUTS)
     stats.add(block.layer_inputs([local], rows)[local])
     return stats.finish()
 

@@ -264,7 +264,7 @@ def test_a_missed_gate_keeps_the_artifact_aside(cli, llama: Path, text_file: Pat
         "--calibration", text_file, "--samples", 4, "--length", 16,
     )  # fmt: skip
     assert outcome.code == 3 and outcome.out == ""
-    assert outcome.err.startswith("gate missed: ") and "--max-bytes 1,000" in outcome.err and "out.rejected" in outcome.err
+    assert outcome.err.startswith("gate missed: ") and "more than 1,000" in outcome.err and "out.rejected" in outcome.err
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.rejected"]
     assert Manifest.read(tmp_path / "out.rejected").steps[0].label == "rtn"
     assert (tmp_path / "out.rejected" / "recipe.yaml").exists()
@@ -295,7 +295,7 @@ def test_interrupt(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
     assert outcome.code == 130 and "interrupted" in outcome.err and "resume" in outcome.err
 
 
-COMMANDS = ["run", "plan", "methods", "eval", "chart", "verify", "export", "demo"]
+COMMANDS = ["run", "plan", "methods", "eval", "chart", "compare", "schema", "verify", "export", "demo"]
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

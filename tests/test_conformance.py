@@ -35,6 +35,17 @@ EACH_FORM = (
 )  # fmt: skip
 """A method for every form that an artifact can have. Those of the others are opened in this process by default, and in a fresh
 one by slow tests."""
+ALIKE = [
+    key for key in METHODS if issubclass(methods.get(key), TrainPass) and key not in ("logit_kd", "gkd", "lora", "gradual")
+]  # fmt: skip
+"""Methods that differ from another in their loss only: what holds of all methods is tested of them in slow tests."""
+
+
+def each(keys: list[str]) -> list:
+    """The methods, as parameters."""
+    return [pytest.param(key, marks=[pytest.mark.slow] if key in ALIKE else []) for key in keys]
+
+
 LEFT_ALONE = {"mxfp4": ("down_proj",)}  # its groups of 32 do not divide the 112 inputs of that layer here
 FIXED_BY_A_FORMAT = (
     "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "weight_global_scale", "input_global_scale",
@@ -219,7 +230,7 @@ assert half(tokens).logits.isfinite().all() and half.float()(tokens).logits.isfi
 # The same method on unusual models and data, without the reload in a fresh process.
 
 
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("key", each(METHODS))
 def test_bfloat16_checkpoint(key, make_checkpoint, make_chain, run_stages, assert_reloads):
     artifact = run_stages(make_checkpoint("llama", torch.bfloat16), make_chain(key), dtype="float32")
     assert_reloads(artifact, atol=0.0 if key in LINEAR else 1e-5)
@@ -228,7 +239,7 @@ def test_bfloat16_checkpoint(key, make_checkpoint, make_chain, run_stages, asser
         assert not wide or tensor.dtype == torch.bfloat16, name
 
 
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("key", each(METHODS))
 def test_biases_and_an_untied_head(key, make_checkpoint, make_chain, run_stages, assert_reloads):
     artifact = run_stages(make_checkpoint("llama-untied"), make_chain(key))
     model = assert_reloads(artifact, atol=0.0 if key in LINEAR else 1e-5)
@@ -236,7 +247,7 @@ def test_biases_and_an_untied_head(key, make_checkpoint, make_chain, run_stages,
     assert table is None or model.lm_head.weight.data_ptr() != table.data_ptr()
 
 
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("key", each(METHODS))
 def test_single_token_windows(key, llama, text_file, make_chain, run_stages, assert_reloads):
     settings = {"calibration": Calibration(data=str(text_file), samples=130, length=1)}
     artifact = run_stages(llama, make_chain(key), **settings)
@@ -290,7 +301,7 @@ def test_every_width_of_code_is_packed_and_opened(bits, symmetric, llama, make_p
 # Settings that change nothing.
 
 
-@pytest.mark.parametrize("key", METHODS)
+@pytest.mark.parametrize("key", each(METHODS))
 def test_neutral_settings_leave_the_model_as_it_is(key, llama, tokens, make_pass, run_stages, reload):
     neutral = {"sparsity": 0.0, "ratio": 1.0, "bits": 8, "group_size": 32, "learning_rate": 1e-12, "trains": "weights"}
     if key == "kv_cache":  # whose floats of 8 bits are coarser than its integers

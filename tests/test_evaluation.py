@@ -1,98 +1,227 @@
-"""A run with its evaluation, on the bundled model: files, numbers, cache, and the commands that read them again."""
+"""A run with its evaluation, on a tiny model: files, numbers, cache, gates, and the commands that read them again."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from compress import Calibration, Evaluation, Pipeline
-from compress.cli import main
+from compress import Calibration, Evaluation, Recipe
+from compress.card import write_card
 from compress.errors import GateMissed
 from compress.eval.baselines import baseline_directory
+from compress.eval.metrics import Report
+from compress.evaluation import evaluate_artifact
 from compress.gates import Gates
+from compress.handover import Handover
+from compress.manifest import Manifest
 from compress.pipeline import Result, run
+from compress.progress import silent
 
-CALIBRATION = Calibration(samples=4, length=64)
-EVALUATION = Evaluation(tasks=("demo_facts", "demo_text"), limit=6, batch_size=24, windows=3, length=64)
+EVALUATION = Evaluation(tasks=("demo_facts", "demo_text"), limit=3, batch_size=24, windows=3, length=32, log_samples=True)
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    directory = tmp_path_factory.mktemp("runs")
-    found = []
-    for number, passes in enumerate((["rtn:bits=8"], ["rtn:bits=2,group_size=64"])):
-        pipeline = Pipeline(passes, calibration=CALIBRATION, evaluation=EVALUATION)
-        found.append(pipeline.run("demo", directory / str(number)))
-    return found
+def recipe(llama: Path, text_file: Path) -> Recipe:
+    chosen = Calibration(data=str(text_file), samples=4, length=24)
+    return Recipe.parse(
+        {"model": str(llama), "passes": ["rtn:bits=2,group_size=64"], "calibration": chosen, "evaluation": EVALUATION}
+    )
 
 
-def test_measures_before_and_after(results: list[Result]) -> None:
-    mild, harsh = (result.metrics for result in results)
-    base = results[0].report.base
-    assert base.tasks["demo_facts"].value > 0.9
-    assert mild.fidelity.kl_mean < 0.01 < harsh.fidelity.kl_mean
-    assert mild.tasks["demo_text"].value < harsh.tasks["demo_text"].value
-    assert set(mild.tasks["demo_text"].metrics) >= {"word_perplexity", "byte_perplexity", "bits_per_byte"}
-    assert mild.recovery["demo_facts"] == mild.tasks["demo_facts"].value / base.tasks["demo_facts"].value
-    assert harsh.cost.bytes_on_disk < mild.cost.bytes_on_disk < base.cost.bytes_on_disk
-    assert mild.cost.bytes_on_disk == results[0].bytes == (results[0].path / "model.safetensors").stat().st_size
-    assert math.isclose(harsh.cost.compressed_bits_per_weight, 2.25, abs_tol=0.05)
-    assert mild.cost.speed.decode_tokens_per_second > 0 and mild.cost.speed.peak_process_bytes > 0
-    assert mild.model == results[0].path.name and mild.protocol.context_length == 64 and mild.protocol.limit == 6
+@pytest.fixture(scope="module")
+def harsh(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run that misses one of its gates."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    with pytest.raises(GateMissed, match=r"--max-kl: KL to the base .* is above 0.001.*kept as .*out\.rejected") as raised:
+        run(recipe, out=out, gates=Gates(max_kl=0.001, max_bytes=10**9))
+    assert not out.exists()
+    return raised.value.result
 
 
-def test_the_report_lies_beside_the_artifact(results: list[Result]) -> None:
-    for result in results:
-        assert result.report_path is not None
-        page = result.report_path.read_text()
-        assert result.metrics.label in page and "<svg" in page
-        for name in ("metrics.json", "chart.svg", "chart.png", "recipe.yaml", "compress_manifest.json", "README.md"):
-            assert (result.path / name).stat().st_size > 0
-        assert result.metrics.label in (result.path / "README.md").read_text() or "rtn" in (result.path / "README.md").read_text()
+@pytest.fixture(scope="module")
+def mild(llama: Path, run_stages: Callable[..., Path]) -> Path:
+    """An artifact that nobody has measured."""
+    return run_stages(llama, ["rtn:bits=8"])
 
 
-def test_the_base_is_measured_once_per_protocol(results: list[Result]) -> None:
-    assert results[0].report.base == results[1].report.base
+@pytest.fixture(scope="module")
+def measured(mild: Path, harsh: Result, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """(directory, report) of measuring it, on the protocol of the run before."""
+    out = tmp_path_factory.mktemp("measured")
+    return out, evaluate_artifact(str(mild), None, EVALUATION, "cpu", "auto", out, silent)
+
+
+def test_measures_before_and_after(harsh: Result, measured: tuple[Path, Report]) -> None:
+    low, high, base = harsh.metrics, measured[1].points[0], harsh.report.base
+    assert high.fidelity.kl_mean < 0.01 < low.fidelity.kl_mean
+    assert high.tasks["demo_text"].value != low.tasks["demo_text"].value
+    assert set(high.tasks["demo_text"].metrics) >= {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert high.recovery["demo_text"] == base.tasks["demo_text"].value / high.tasks["demo_text"].value
+    assert low.cost.bytes_on_disk < high.cost.bytes_on_disk < base.cost.bytes_on_disk
+    assert low.cost.bytes_on_disk == harsh.bytes == (harsh.path / "model.safetensors").stat().st_size
+    assert 2.25 < low.cost.compressed_bits_per_weight < 3  # with groups that end before they are full
+    assert low.cost.speed.decode_tokens_per_second > 0 and low.cost.speed.peak_process_bytes > 0
+    assert low.protocol.context_length == 32 and low.protocol.limit == 3
+    assert low.flips["demo_facts"].n == 3 and len(low.outcomes["demo_text"]) == 3
+
+
+def test_a_missed_gate_keeps_the_artifact_aside(harsh: Result) -> None:
+    assert harsh.path.name == "out.rejected" and [each.held for each in harsh.checked] == [True, False]
+    page = harsh.report_path.read_text()
+    assert harsh.metrics.label in page and "<svg" in page
+    for name in ("metrics.json", "chart.svg", "chart.png", "recipe.yaml", "compress_manifest.json", "README.md"):
+        assert (harsh.path / name).stat().st_size > 0
+    assert harsh.summary()["gates"]["max-kl"].endswith("above 0.001")
+    assert len((harsh.path / "samples" / "compressed" / "demo_facts.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_base_is_measured_once_per_protocol(harsh: Result, measured: tuple[Path, Report], llama: Path) -> None:
+    again = evaluate_artifact(str(llama), None, EVALUATION.model_copy(update={"log_samples": False}), "cpu", "auto", None, silent)
+    assert again.base == measured[1].base
     assert len(list(baseline_directory().glob("*.json"))) == len(list(baseline_directory().glob("*.npy"))) >= 1
 
 
-def test_a_missed_gate_keeps_the_artifact_aside(results: list[Result], tmp_path: Path) -> None:
-    recipe = {
-        "model": "demo", "passes": ["rtn:bits=2,group_size=64"], "calibration": CALIBRATION, "evaluation": EVALUATION,
-    }  # fmt: skip
-    with pytest.raises(GateMissed, match="max-kl"):
-        run(recipe, out=tmp_path / "out", gates=Gates(max_kl=0.001))
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out.rejected" / "model.safetensors").exists()
+def test_the_card_is_one_that_the_hub_reads(harsh: Result, tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\ntags: [own]\n---\n# Base\n")
+    manifest = harsh.manifest.model_copy(update={"base": "somebody/model-1B"})
+    hostile = harsh.metrics.model_copy(update={"tasks": harsh.metrics.tasks | {
+        "a: b#\n- c": harsh.metrics.tasks["demo_text"].model_copy(update={"metrics": {"bits_per_byte": math.inf}}),
+        "gsm8k": harsh.metrics.tasks["demo_text"].model_copy(
+            update={"metrics": {"exact_match,strict": 0.5}, "primary": "exact_match,strict"}
+        ),
+    }})  # fmt: skip
+    base = harsh.report.base.model_copy(update={"tasks": hostile.tasks})
+    write_card(tmp_path, manifest, tmp_path, hostile, harsh.report.model_copy(update={"base": base}))
+    card = ModelCard.load(tmp_path / "README.md")  # refuses metadata that is malformed
+    data = card.data
+    assert (data.base_model, data.base_model_relation, data.license) == ("somebody/model-1B", "quantized", "apache-2.0")
+    assert (data.library_name, data.pipeline_tag, data.language) == ("transformers", "text-generation", ["en"])
+    assert data.tags == ["compress", "rtn"] and data.metrics == sorted({"exact_match", "acc_norm", "bits_per_byte"})
+    name, results = model_index_to_eval_results(data.to_dict()["model-index"])
+    assert name == "model-1B, compressed"
+    assert {each.dataset_name: each.metric_value for each in results} == {
+        task: harsh.metrics.tasks[task].value for task in ("demo_facts", "demo_text")
+    } | {"gsm8k": 0.5}  # fmt: skip
+    assert "from_pretrained" in card.text and "| gsm8k (exact_match,strict) |" in card.text
 
 
-def test_eval_and_chart_commands(
-    results: list[Result], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_card_of_a_local_model_names_no_base(harsh: Result) -> None:
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(harsh.path / "README.md").data
+    assert data.base_model is None and data.eval_results
+
+
+def test_runs_are_tracked(
+    harsh: Result, measured: tuple[Path, Report], mild: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def command(*words: str) -> str:
-        monkeypatch.setattr("sys.argv", ["compress", *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 0
-        return capsys.readouterr().out
+    """A real store: SQLite, and a directory of artifacts."""
+    mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
+    pytest.importorskip("sqlalchemy", reason="MLflow's SQLite store needs SQLAlchemy")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store.db")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
+    handover = Handover(junit=tmp_path / "junit.xml", track="mlflow")
+    (said,) = handover.made(recipe, harsh)
+    (_,) = handover.measured(mild, EVALUATION, measured[1], [], measured[0])
 
-    command("chart", *(str(result.path) for result in results), "-o", str(tmp_path / "report"))
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("ours").experiment_id
+    later, first = client.search_runs([experiment])
+    assert said == f"MLflow run {first.info.run_id}"
+    assert (first.info.status, later.info.status) == ("FAILED", "FINISHED")
+    numbers, parameters, tags = first.data.metrics, first.data.params, first.data.tags
+    assert numbers["cost.bytes_on_disk"] == harsh.bytes and numbers["fidelity.kl_mean"] == harsh.metrics.fidelity.kl_mean
+    assert numbers["tasks.demo_text.bits_per_byte"] == harsh.metrics.tasks["demo_text"].value
+    assert numbers["base.tasks.demo_text.bits_per_byte"] == harsh.report.base.tasks["demo_text"].value
+    assert {"flips.demo_facts.negative", "differences.demo_text.low", "recovery.demo_text"} <= set(numbers)
+    assert (parameters["passes"], parameters["rtn.bits"], parameters["calibration.samples"]) == (
+        "rtn:bits=2,group_size=64",
+        "2",
+        "4",
+    )
+    assert (parameters["evaluation.limit"], later.data.params["evaluation.limit"]) == ("3", "3")
+    assert tags["compress.parent_digest"] == tags["compress.base_digest"] == harsh.manifest.base_digest
+    assert tags["compress.weights_digest"] == Manifest.read(harsh.path).weights_digest and "above" in tags["compress.gate.max-kl"]
+    kept = {file.path for file in client.list_artifacts(first.info.run_id)}
+    assert kept >= {"metrics.json", "report.html", "recipe.yaml", "README.md"} and "model.safetensors" not in kept
+    assert {file.path for file in client.list_artifacts(later.info.run_id)} >= {"metrics.json", "report.html"}
+    assert ElementTree.parse(tmp_path / "junit.xml").getroot().get("failures") == "0"  # of the later one
+
+
+def test_chart_and_compare(cli, harsh: Result, measured: tuple[Path, Report], tmp_path: Path) -> None:
+    assert cli("chart", harsh.path, measured[0], "-o", tmp_path / "report").code == 0
     charted = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    assert [point["label"] for point in charted["points"]] == [result.metrics.label for result in results]
-    shown = command("eval", str(results[0].path), "--tasks", "demo_facts", "--limit", "6", "--json")
-    assert json.loads(shown)["points"][0]["tasks"]["demo_facts"]["primary"] in ("acc", "acc_norm")
+    assert [point["label"] for point in charted["points"]] == ["rtn:bits=2,group_size=64", "rtn:bits=8"]
+
+    junit = tmp_path / "junit.xml"
+    outcome = cli("compare", measured[0], harsh.path, "--json", "--junit", junit)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert set(found["tasks"]) == {"demo_facts", "demo_text"} and found["tasks"]["demo_facts"]["flips"]["n"] == 3
+    assert found["b"]["bytes_on_disk"] < found["a"]["bytes_on_disk"] and found["b"]["kl"] > found["a"]["kl"]
+    assert [case.get("name") for case in ElementTree.parse(junit).iter("testcase")] == ["demo_facts", "demo_text"]
+    itself = cli("compare", f"{tmp_path / 'report'}#rtn:bits=8", measured[0], "--not-worse")
+    assert itself.code == 0 and itself.out.count("does not differ") == 2
+    base = cli("compare", f"{harsh.path}#base", harsh.path)
+    assert base.code == 0 and f"A: {harsh.report.base.label}" in base.out
+
+    for words, said in (
+        ((tmp_path / "report", harsh.path), "several models"),
+        ((f"{tmp_path / 'report'}#rtn:bits=9", harsh.path), "did you mean 'rtn:bits=8'"),
+        ((tmp_path / "none", harsh.path), "compress eval"),
+    ):
+        refused = cli("compare", *words)
+        assert refused.code == 2 and said in refused.err, refused
+
+
+def test_eval_has_gates(cli, mild: Path, tmp_path: Path) -> None:
+    shown = (
+        "eval",
+        mild,
+        "--tasks",
+        "demo_facts",
+        "--limit",
+        2,
+        "--max-bytes",
+        "10KB",
+        "--max-kl",
+        1,
+        "--junit",
+        tmp_path / "junit.xml",
+    )
+    outcome = cli(*shown, "--json")
+    assert outcome.code == 3 and "gate missed: --max-bytes:" in outcome.err and "more than 10,000" in outcome.err
+    assert json.loads(outcome.out)["points"][0]["tasks"]["demo_facts"]["primary"] in ("acc", "acc_norm")
+    cases = {case.get("name"): case.find("failure") for case in ElementTree.parse(tmp_path / "junit.xml").iter("testcase")}
+    assert list(cases) == ["max-bytes", "max-kl", "demo_facts"] and cases["max-bytes"] is not None and cases["max-kl"] is None
+
+
+def test_gates_that_cannot_be_checked_are_refused_at_once(cli, llama: Path, tmp_path: Path) -> None:
+    without = cli("eval", llama, "--max-kl", 1)
+    assert without.code == 2 and "--max-kl need" in without.err and "--base" in without.err
+    unknown = cli("eval", llama, "--track", "mlfow")
+    assert unknown.code == 2 and "--track mlfow" in unknown.err
+    assert cli("eval", llama, "--min-recovery", 97).code == 2
+    assert cli("eval", llama, "--junit", tmp_path).code == 2
 
 
 @pytest.mark.slow
 def test_the_tour_charts_chains_with_their_lineage(tmp_path: Path) -> None:
     from compress.demo.tour import tour
-    from compress.progress import silent
 
     recipes = (("svd_llm:ratio=0.5",), ("svd_llm:ratio=0.5", "gptq:bits=4"))
     page = tour(tmp_path / "tour", silent, recipes)
-    points = json.loads((page.parent / "metrics.json").read_text())["points"]
+    found = json.loads((page.parent / "metrics.json").read_text())
+    points = found["points"]
+    assert found["base"]["tasks"]["demo_facts"]["metrics"]["acc"] > 0.9
     assert points[1]["parent"] == points[0]["label"]
     assert points[1]["cost"]["bytes_on_disk"] < points[0]["cost"]["bytes_on_disk"]

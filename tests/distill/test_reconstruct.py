@@ -111,9 +111,10 @@ def test_norms_and_biases_move_unless_only_weights_are_trained(family, compresse
             assert block.module.state_dict()[name].equal(value)
 
 
-def test_no_rate_makes_it_worse(compressed):
-    """What is judged by is held out; with so wild a rate nothing but the start is left."""
-    block, wild = compressed("masked"), STEP.model_copy(update={"learning_rate": 1e3})
+@pytest.mark.parametrize("form", ["masked", "quantized"])
+def test_no_rate_makes_it_worse(form, compressed):
+    """What is judged by is held out; with so wild a rate nothing but the start is left, of grids the quantizer's codes too."""
+    block, wild = compressed(form), STEP.model_copy(update={"learning_rate": 1e3})
     before = {local: weight.dense() for local, weight in block.weights.items()}
     wild.block(block)
     assert all(weight.dense().equal(before[local]) for local, weight in block.weights.items())

@@ -102,7 +102,7 @@ def test_the_whole_choice_can_be_repeated(models, tokens):
 
 def test_a_pass_draws_more_windows_and_trains_on_those_where_most_was_lost(models):
     student, teacher = models
-    step = LogitKD(select="paser", share=0.25, steps=2, batch_size=4, hold_out=0)
+    step = LogitKD(select="paser", selected=0.25, steps=2, batch_size=4, hold_out=0)
     assert step.n_windows == 32
     tokens = torch.randint(32, (32, 10), generator=torch.Generator().manual_seed(0))
     picked = step.pick(student, teacher, Batch(tokens), seed=0)

@@ -23,7 +23,7 @@ METHODS: list[type[LowRankAndSparse]] = [LoSparse, SLTrain]
 
 def stats_of(n_inputs: int, n_tokens: int = 400) -> LinearStats:
     stats = LinearStats(n_inputs, {"covariance"})
-    mixing = torch.randn(n_inputs, n_inputs) * torch.logspace(1, -1, n_inputs)
+    mixing = torch.randn(n_inputs, n_inputs) * torch.logspace(0.5, -0.5, n_inputs)
     stats.add(torch.randn(n_tokens, n_inputs) @ mixing.T)
     return stats.finish()
 

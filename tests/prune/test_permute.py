@@ -15,7 +15,7 @@ from compress.prune.permute import Permute, better_order, retained
 from compress.prune.ria import RIA
 from compress.prune.wanda import Wanda
 from compress.skeleton import Skeleton
-from compress.stats import STATISTICS, LinearStats
+from compress.stats import OF_INPUTS, LinearStats
 from compress.weights import Dense, LowRank, Masked, Weight
 
 MOVED = {
@@ -50,7 +50,7 @@ def make_block(make_checkpoint, tokens):
 
 def measure(block: Block, inputs: torch.Tensor) -> None:
     for group in block.skeleton.arch.groups:
-        stats = LinearStats(block.weights[group[0]].shape[1], STATISTICS)
+        stats = LinearStats(block.weights[group[0]].shape[1], OF_INPUTS)
         stats.add(block.layer_inputs([group[0]], inputs)[group[0]])
         block.stats |= dict.fromkeys(group, stats.finish())
 
