@@ -7,8 +7,8 @@ decompositions are float64, or, the faster, float32. compress is run as a user r
 from the blocks compressed so far, layers that share an input share its statistics, and neither a singular value decomposition nor
 an inverse is needed.
 
-Quality: held-out perplexity of trained models, on the same calibration tokens, against float64. Time: a random Llama (hidden 1024,
-intermediate 2816), seconds from the loaded model to its factors for the procedure, and from the checkpoint on disk to the
+Quality: held-out perplexity of trained models, on the same calibration tokens, against float64. Time: a random Llama (hidden
+1024, intermediate 2816), seconds from the loaded model to its factors for the procedure, and from the checkpoint on disk to the
 artifact on disk, the check of the source included, for compress. All run in this process, one after the other, several times; the
 medians of processor seconds, and the load of the machine, are recorded. Aims: a perplexity within 1 % of the procedure's or below
 it, in a third of its time.
