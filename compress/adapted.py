@@ -1,8 +1,9 @@
-"""A weight that is trained by a low-rank change of it, and is merged with that change afterwards."""
+"""Weights that are trained by a change of them, and are merged with that change afterwards."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,21 +16,13 @@ from compress.weights.composed import unmasked
 
 @dataclass(frozen=True)
 class Adapted(Weight):
-    """``base + up @ down``, of which only the factors are trained; where the base has a mask, the change is under it too.
-
-    base: a matrix in any form. down: (rank, in), up: (out, rank), floating point.
-    """
+    """``base`` and a change, of which only the change is trained; where the base has a mask, the change is under it too."""
 
     base: Weight
-    down: Tensor
-    up: Tensor
 
-    @classmethod
-    def start(cls, base: Weight, rank: int, generator: torch.Generator) -> Adapted:
-        """No change at first, as LoRA begins: ``down`` uniform within 1 / sqrt(in), like a new layer, and ``up`` zero."""
-        n_outputs, n_inputs = base.shape
-        down = (torch.rand(rank, n_inputs, generator=generator) * 2 - 1) / math.sqrt(n_inputs)
-        return cls(base, down.to(base.dtype), torch.zeros(n_outputs, rank, dtype=base.dtype))
+    @abstractmethod
+    def change(self) -> Weight:
+        """What is added to the base, without its mask."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,7 +34,7 @@ class Adapted(Weight):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype
-        change = self.up.to(dtype) @ self.down.to(dtype)
+        change = self.change().dense(dtype)
         return self.base.dense(dtype) + (change if self.mask is None else change * self.mask)
 
     @property
@@ -56,11 +49,8 @@ class Adapted(Weight):
     def mask(self) -> Tensor | None:
         return self.base.mask
 
-    def parameters(self) -> dict[str, Tensor]:
-        return {"down": self.down, "up": self.up}
-
     def rebuild(self, parameters: Mapping[str, Tensor]) -> Adapted:
-        return replace(self, **parameters)
+        return replace(self, **parameters)  # type: ignore[type-var]
 
     def merged(self) -> Weight:
         """The base with its change in it, in the base's form: free values take it up. Any other form keeps it beside, in a sum;
@@ -71,4 +61,38 @@ class Adapted(Weight):
         if self.mask is not None:
             raise ValueError("a change beside a grid would fill the zeros of its mask")
         parts = self.base.parts if isinstance(self.base, Sum) else (self.base,)
-        return Sum((*parts, LowRank(Dense(self.down), Dense(self.up))))
+        return Sum((*parts, self.change()))
+
+
+@dataclass(frozen=True)
+class Shifted(Adapted):
+    """``base + shift``. shift: of the base's shape and dtype."""
+
+    shift: Tensor
+
+    def change(self) -> Dense:
+        return Dense(self.shift)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"shift": self.shift}
+
+
+@dataclass(frozen=True)
+class Corrected(Adapted):
+    """``base + up @ down``. down: (rank, in), up: (out, rank), floating point."""
+
+    down: Tensor
+    up: Tensor
+
+    @classmethod
+    def start(cls, base: Weight, rank: int, generator: torch.Generator) -> Corrected:
+        """No change at first, as LoRA begins: ``down`` uniform within 1 / sqrt(in), like a new layer, and ``up`` zero."""
+        n_outputs, n_inputs = base.shape
+        down = (torch.rand(rank, n_inputs, generator=generator) * 2 - 1) / math.sqrt(n_inputs)
+        return cls(base, down.to(base.dtype), torch.zeros(n_outputs, rank, dtype=base.dtype))
+
+    def change(self) -> LowRank:
+        return LowRank(Dense(self.down), Dense(self.up))
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"down": self.down, "up": self.up}

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from compress.adapted import Adapted
+from compress.adapted import Adapted, Corrected
 from compress.distill.logit_kd import LogitKD
 from compress.passes import Taxon
 from compress.weights import Affine, Dense, Quantized, Weight
@@ -47,7 +47,7 @@ class LoRA(LogitKD):
             return weight
         if self.grids == "zeros" and isinstance(inner, Quantized | Affine):
             return _with_fractional_zeros(inner)
-        return Adapted.start(weight, min(self.rank, *weight.shape), generator)
+        return Corrected.start(weight, min(self.rank, *weight.shape), generator)
 
     def settle(self, weight: Weight) -> Weight:
         return weight.merged() if isinstance(weight, Adapted) else weight

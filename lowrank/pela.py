@@ -3,17 +3,15 @@ al., 2310.10700)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
+from compress.adapted import Adapted, Shifted
 from compress.distill.feature_kd import FeatureKD
 from compress.passes import Taxon
-from compress.weights import Dense, Masked, Weight
+from compress.weights import Dense, Weight
 from compress.weights.composed import unmasked
 
 
@@ -35,54 +33,7 @@ class PELA(FeatureKD):
     def adapt(self, weight: Weight, generator: torch.Generator) -> Weight:
         if not isinstance(inner := unmasked(weight), Dense):
             return weight
-        return Changed(weight, torch.zeros_like(inner.values))
+        return Shifted(weight, torch.zeros_like(inner.values))
 
     def settle(self, weight: Weight) -> Weight:
-        return weight.merged() if isinstance(weight, Changed) else weight
-
-
-@dataclass(frozen=True)
-class Changed(Weight):
-    """``base + change``, of which only the change is trained; where the base has a mask, the change is under it too.
-
-    base: a dense matrix, with or without a mask. change: of its shape and dtype.
-    """
-
-    base: Weight
-    change: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self.dtype
-        change = self.change.to(dtype)
-        return self.base.dense(dtype) + (change if self.mask is None else change * self.mask)
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
-
-    @property
-    def numel(self) -> int:
-        return self.base.numel
-
-    @property
-    def mask(self) -> Tensor | None:
-        return self.base.mask
-
-    def parameters(self) -> dict[str, Tensor]:
-        return {"change": self.change}
-
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Changed:
-        return replace(self, **parameters)
-
-    def merged(self) -> Weight:
-        """The base with its change in it."""
-        values = Dense(self.dense(torch.float32).to(self.dtype))
-        return values if self.mask is None else Masked(values, self.mask)
+        return weight.merged() if isinstance(weight, Adapted) else weight

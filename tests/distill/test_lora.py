@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.adapted import Adapted
+from compress.adapted import Corrected
 from compress.distill.lora import LoRA
 from compress.trainable import outline_trained
 from compress.weights import Affine, Dense, LowRank, Quantized, Sum, Weight
@@ -58,7 +58,7 @@ def test_a_change_begins_at_nothing_and_merges_to_what_was_trained(form):
 def test_a_masked_matrix_changes_under_its_mask_only_and_by_no_more_than_the_rank():
     weight = FORMS["masked"]()
     trained = moved(LoRA(rank=2).adapt(weight, DRAW))
-    assert isinstance(trained, Adapted)
+    assert isinstance(trained, Corrected)
     change = trained.up @ trained.down
     assert torch.linalg.matrix_rank(change) == 2
     torch.testing.assert_close(trained.dense() - weight.dense(), change * weight.mask)
@@ -79,7 +79,7 @@ def test_what_can_take_no_change_stays():
     rounds_inputs = Quantized(grid().codes, grid().scale, None, 8, inputs="int8")  # type: ignore[arg-type]
     assert LoRA().adapt(rounds_inputs, DRAW) is rounds_inputs
     with pytest.raises(ValueError, match="fill the zeros"):
-        Adapted.start(masked, 2, DRAW).merged()
+        Corrected.start(masked, 2, DRAW).merged()
 
 
 def test_factors_are_healed_one_by_one_and_a_plan_knows_the_bytes():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from compress.adapted import Shifted
 from compress.loader import LowRankLinear
-from compress.lowrank.pela import PELA, Changed
+from compress.lowrank.pela import PELA
 from compress.train import TrainResult, train
 from compress.weights import Dense, LowRank, Quantized, Weight
 
@@ -20,8 +21,8 @@ def test_it_begins_where_the_factors_are_and_ends_in_their_form():
     values = torch.randn(6, 8, generator=generator.manual_seed(0)).bfloat16()
     for weight in (Dense(values), Dense(values).masked(values > 0)):
         form = step.adapt(weight, generator)
-        assert isinstance(form, Changed) and torch.equal(form.dense(), weight.dense()) and form.nbytes == weight.nbytes
-        settled = step.settle(form.rebuild({"change": torch.ones(6, 8).bfloat16()}))
+        assert isinstance(form, Shifted) and torch.equal(form.dense(), weight.dense()) and form.nbytes == weight.nbytes
+        settled = step.settle(form.rebuild({"shift": torch.ones(6, 8).bfloat16()}))
         assert type(settled) is type(weight) and settled.dtype == torch.bfloat16
         expected = (values.float() + 1).bfloat16()
         assert torch.equal(settled.dense(), expected if weight.mask is None else expected * weight.mask)
