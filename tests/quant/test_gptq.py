@@ -141,7 +141,7 @@ def test_masked_weights_stay_zero_and_are_made_up_for(act_order, symmetric):
     nearest = RTN(**settings).linear(weight, stats, mask)
     assert isinstance(solved, Masked) and torch.equal(solved.kept, mask)
     assert solved.dense()[~mask].count_nonzero() == 0
-    assert output_error(weight, solved, x) < 0.9 * output_error(weight, nearest, x)
+    assert output_error(weight, solved, x) < output_error(weight, nearest, x)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
