@@ -85,7 +85,7 @@ def intercept(attention: nn.Module, change: Callable[[str, Tensor], Tensor]) -> 
     """Let ``change("k" or "v", x)``, x (batch, heads, length, head_dim), see and replace the keys, after rotary embedding,
     and the values of an attention module."""
     names = inspect.signature(attention.forward).parameters
-    option = "past_key_values" if "past_key_values" in names else "past_key_value"
+    option = next(name for name in ("cache", "past_key_values", "past_key_value") if name in names)
 
     def hook(_: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return arguments, {**options, option: _Cache(options.get(option), change)}

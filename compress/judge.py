@@ -34,6 +34,7 @@ from compress.eval.metrics import Metrics, Protocol, versions
 from compress.eval.roofline import devices, estimate
 from compress.eval.streamed import StreamedModel
 from compress.eval.uncertainty import Difference, calibration_error, paired_difference
+from compress.export.bitsandbytes import misread_here
 from compress.manifest import Manifest
 from compress.profile import profile, size
 from compress.progress import Progress, no_foreign_bars
@@ -198,7 +199,9 @@ class Judge:
 
     def _open(self, checkpoint: Checkpoint) -> nn.Module | StreamedModel:
         streamed = self.evaluation.streamed
-        if streamed or (streamed is None and not fits(checkpoint, self.dtype, self.device)):
+        if streamed is None:
+            streamed = not fits(checkpoint, self.dtype, self.device) or misread_here(checkpoint, self.device)
+        if streamed:
             log.info("%s is measured block by block", checkpoint.path)
             return StreamedModel(Skeleton(checkpoint, self.device, self.dtype))
         return load_model(checkpoint.path, self.dtype, self.device, self.base.trust_remote_code)

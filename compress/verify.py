@@ -18,7 +18,9 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compress.checkpoint import Checkpoint, digest_files
 from compress.errors import BadInput, CompressError
+from compress.export.bitsandbytes import misread_here
 from compress.weights.blockwise import bitsandbytes
 from compress.writer import save_tensors
 
@@ -54,11 +56,12 @@ def save_probe(directory: Path, tokens: Tensor, logits: Tensor) -> None:
 
 def verify(directory: Path, *, dtype: str, device: str = "cpu", full: bool | None = None) -> Verification:
     """Reload ``directory`` in a fresh process and compare. full: True for stock transformers whatever the size, False for
-    block by block; None decides by size. Raises :class:`CompressError` where it does not load, or loads to another model.
+    block by block; None decides by size, and by what bitsandbytes can do on this machine. Raises :class:`CompressError` where
+    it does not load, or loads to another model.
     """
     config = json.loads((directory / "config.json").read_text())
     if full is None:
-        full = _dense_bytes(directory) <= STOCK_LIMIT_BYTES
+        full = _dense_bytes(directory) <= STOCK_LIMIT_BYTES and not misread_here(Checkpoint(directory), device)
     remote = "remote" if config.get("model_type") == "compress" else "stock"
     arguments = [str(directory.resolve()), str((directory / PROBE).resolve()), dtype, device, remote]
     if full:
@@ -83,7 +86,6 @@ def verify(directory: Path, *, dtype: str, device: str = "cpu", full: bool | Non
 
 def verify_artifact(directory: Path, *, device: str = "cpu", full: bool | None = None) -> Verification:
     """Verify a published artifact: its weight files against the manifest's digest, then the reload of :func:`verify`."""
-    from compress.checkpoint import Checkpoint, digest_files
     from compress.manifest import Manifest
     from compress.skeleton import Skeleton
 
@@ -114,7 +116,6 @@ def _dense_bytes(directory: Path) -> int:
 
 def _streamed(directory: str, probe: str, dtype: str, device: str, _: str) -> None:
     """The fresh process of a large model; prints what ``reload.py`` prints."""
-    from compress.checkpoint import Checkpoint
     from compress.skeleton import Skeleton
     from compress.stream import forward
 

@@ -7,6 +7,7 @@ Long contexts spend more memory on the cache than on weights. The weights stay a
 from __future__ import annotations
 
 from functools import partial
+from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -88,7 +89,8 @@ class KVCache(ModelPass):
         if not (all(len(found) == 1 for found in names) and hasattr(model.checkpoint.config, "num_key_value_heads")):
             raise BadInput(
                 f"{self.method()}: compressed-tensors, which readers round the cache by, does not know the attention of "
-                f"{model.checkpoint.base_model_type} models"
+                f"{model.checkpoint.base_model_type} models in transformers {version('transformers')} (of 5.24 and later, "
+                "compressed-tensors 0.20 knows none: pip install 'transformers<5.24')"
             )
         return [found[0] for found in names]
 

@@ -17,6 +17,7 @@ from compress import Pipeline, methods
 from compress.checkpoint import Checkpoint, digest_files
 from compress.errors import CompressError
 from compress.export import to as export_to
+from compress.export.bitsandbytes import misread_here
 from compress.manifest import Manifest
 from compress.passes import CorrectionPass, LinearPass, ModelPass
 from compress.pipeline import Result
@@ -105,7 +106,7 @@ def results(llama, calibration, make_chain, tmp_path_factory) -> dict[str, Resul
 class TestPipeline:
     def test_artifact_opens_to_what_was_computed(self, key, results, assert_reloads):
         result = results[key]
-        assert result.verification.how != "streamed"
+        assert result.verification.how == ("streamed" if misread_here(Checkpoint(result.path), "cpu") else "stock")
         assert not result.verification.missing and not result.verification.unexpected
         exact = 0.0 if key in LINEAR else 1e-5
         assert result.verification.max_difference <= exact

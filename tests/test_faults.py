@@ -131,7 +131,7 @@ def test_passes(refused, step: str, words: tuple[str, ...]):
 
 
 def test_four_bit_floats_that_no_reader_opens_in_float32(refused):
-    refused("4-bit floats", "bfloat16 only", passes=("nvfp4", "rtn:targets=*o_proj"))
+    refused("4-bit floats", "bfloat16 only", passes=("nvfp4", "rtn:targets=*o_proj"), more=("--dtype", "float32"))
 
 
 def test_no_passes(refused):

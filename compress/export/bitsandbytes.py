@@ -7,15 +7,21 @@ in these; only the product with a 4-bit matrix has a dtype of its own, which the
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compress.errors import BadInput
-from compress.weights.blockwise import NESTED_BLOCK, Blockwise, RowInt8
+from compress.weights.blockwise import NESTED_BLOCK, Blockwise, RowInt8, is_misread
 from compress.weights.grid import Coded
+
+if TYPE_CHECKING:
+    from compress.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
 
 _STATE = "weight.quant_state.bitsandbytes__"
 STATES = (f"{_STATE}nf4", f"{_STATE}fp4")
@@ -80,6 +86,21 @@ def decode(name: str, get: Callable[[str], Tensor], has: Callable[[str], bool], 
         get(f"{name}.weight.nested_quant_map") if nested else None,
         float(state.get("nested_offset", 0.0)),
     )  # fmt: skip
+
+
+def misread_here(checkpoint: Checkpoint, device: str) -> bool:
+    """Whether the library would read a 4-bit matrix of the checkpoint wrongly, or not at all, on that device of this machine;
+    elsewhere it reads what it should. See :func:`compress.weights.blockwise.is_misread`."""
+    if not device.startswith("cpu") or (checkpoint.quantization or {}).get("quant_method") != "bitsandbytes":
+        return False
+    states = (json.loads(bytes(checkpoint.tensor(key).tolist())) for key in checkpoint.keys if key.endswith(STATES))
+    if found := any(len(state["shape"]) == 2 and is_misread(tuple(state["shape"]), state["blocksize"]) for state in states):
+        log.warning(
+            "%s: bitsandbytes cannot multiply by matrices of such widths on this processor (it misreads rows that are no "
+            "multiple of the block, or refuses outputs that are none of 32); compress reads them itself here. GPUs and other "
+            "processors are not concerned", checkpoint.path,
+        )  # fmt: skip
+    return found
 
 
 def group(weight: Coded) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -27,6 +28,23 @@ def bitsandbytes() -> Any:
         return import_module("bitsandbytes.functional")
     except ImportError:
         raise BadInput("bitsandbytes is not installed: pip install 'compress-lm[bitsandbytes]'") from None
+
+
+def is_misread(shape: tuple[int, int], block_size: int) -> bool:
+    """Whether the library cannot be trusted with a 4-bit matrix (out, in) on this machine's processor: where it uses AVX-512,
+    0.50 decodes rows that do not end with a block to other values, and, with bfloat16 instructions, refuses them, and numbers of
+    rows that 32 does not divide."""
+    refuses = getattr(bitsandbytes(), "has_avx512bf16", lambda: False)()
+    return bool((shape[1] % block_size and (refuses or _misdecodes())) or (shape[0] % 32 and refuses))
+
+
+@cache
+def _misdecodes() -> bool:
+    functions, matrix = bitsandbytes(), torch.linspace(-1, 1, 4 * 96).view(4, 96)
+    by_rows, in_one = (
+        functions.dequantize_4bit(*functions.quantize_4bit(form, blocksize=64)) for form in (matrix, matrix.view(1, -1))
+    )
+    return not by_rows.flatten().equal(in_one.flatten())
 
 
 @dataclass(frozen=True)
