@@ -64,6 +64,9 @@ Track = Annotated[str | None, typer.Option("--track", help="record in an experim
 References = Annotated[
     list[Path] | None, typer.Option("--reference", help="measured dense model of a family, for densities; repeatable")
 ]
+TrainingTokens = Annotated[
+    str | None, typer.Option(help="that the base model was trained on, such as 15T: says what low bits cost it [unknown]")
+]
 Seed = Annotated[int | None, typer.Option(help="seed of sampling and training [0]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cpu]")]
 Dtype = Annotated[str | None, typer.Option(help="of forward passes: auto, float32, bfloat16, float16 [auto]")]
@@ -117,7 +120,7 @@ def run_command(
     recipe: RecipeOption = None, calibration: CalibrationOption = None, column: Column = None, samples: Samples = None,
     length: Length = None, tasks: Tasks = None, include: Include = None, limit: Limit = None, n_shot: Shots = None,
     batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False,
-    streamed: StreamedOption = None, reference: References = None,
+    streamed: StreamedOption = None, reference: References = None, training_tokens: TrainingTokens = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="do not measure base and result")] = False,
     seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None, overwrite: Overwrite = False,
     as_json: Json = False,
@@ -139,7 +142,7 @@ def run_command(
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
         evaluation=_measuring(
             tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-            log_samples=log_samples, streamed=streamed, references=reference,
+            log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
         ),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
@@ -171,7 +174,8 @@ def plan_command(
     column: Column = None, samples: Samples = None, length: Length = None, tasks: Tasks = None, include: Include = None,
     limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None,
     log_samples: LogSamples = False, streamed: StreamedOption = None, reference: References = None,
-    seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None, as_json: Json = False,
+    training_tokens: TrainingTokens = None, seed: Seed = None, device: Device = None, dtype: Dtype = None,
+    effort: Effort = None, as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="ignored: a plan writes nothing")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="ignored: a plan measures nothing")] = False,
     trust_remote_code: Trust = False, allow_pickle: Pickle = False,
@@ -184,7 +188,7 @@ def plan_command(
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
         evaluation=_measuring(
             tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-            log_samples=log_samples, streamed=streamed, references=reference,
+            log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
         ),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
@@ -209,7 +213,8 @@ def eval_command(
     base: Annotated[str | None, typer.Option(help="compare with this base model [the artifact's own, where it is found]")] = None,
     tasks: Tasks = None, include: Include = None, limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None,
     data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False, streamed: StreamedOption = None,
-    reference: References = None, device: Device = None, dtype: Dtype = None, as_json: Json = False,
+    reference: References = None, training_tokens: TrainingTokens = None, device: Device = None, dtype: Dtype = None,
+    as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="write metrics.json and report.html there")] = None,
     min_recovery: MinRecovery = None, max_bytes: MaxBytes = None, max_kl: MaxKL = None, max_flips: MaxFlips = None,
     junit: Junit = None, track: Track = None,
@@ -225,7 +230,7 @@ def eval_command(
     handover = Handover(junit, track)
     evaluation = _measuring(
         tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-        log_samples=log_samples, streamed=streamed, references=reference,
+        log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
     )  # fmt: skip
     settings = _recipe(None, None, None, calibration={}, evaluation=evaluation, device=device, dtype=dtype)
     with Bar("eval") as bar:
@@ -270,11 +275,12 @@ def schema_command() -> None:
 def chart_command(
     artifacts: Annotated[list[Path], typer.Argument(help="artifacts, or metrics.json files, of one base model")],
     out: Annotated[Path, typer.Option("-o", "--out", help="directory for report.html, chart.svg and chart.png")] = Path("report"),
+    training_tokens: TrainingTokens = None,
 ) -> None:
     """Put the measurements of many runs into one chart and report."""
     from compress.evaluation import chart_artifacts
 
-    typer.echo(str(chart_artifacts(artifacts, out)))
+    typer.echo(str(chart_artifacts(artifacts, out, training_tokens)))
 
 
 @app.command("verify")

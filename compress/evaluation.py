@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 
 from compress import __version__
+from compress.amounts import parse_tokens
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput, explain
 from compress.eval.baselines import baseline_directory
+from compress.eval.bit_runs import with_low_bits
 from compress.eval.compare import Comparison, compare_models
 from compress.eval.harness import check_data, check_tasks
 from compress.eval.metrics import Metrics, Report, merge
@@ -80,16 +82,14 @@ def _references(evaluation: Evaluation) -> list[Metrics]:
         raise BadInput(f"--reference: {explain(error)}") from None
 
 
-def _finished(report: Report, judge: Judge, directory: Path) -> Report:
-    """With densities where there are references; samples are written where they were asked for."""
-    judge.write_samples(directory)
-    references = _references(judge.evaluation)
-    if not references:
-        return report
-    try:
-        return with_density(report, references)
-    except ValueError as error:
-        raise BadInput(f"--reference: {error}") from None
+def _judged(report: Report, evaluation: Evaluation) -> Report:
+    """With densities where there are references, and with what low bits cost."""
+    if references := _references(evaluation):
+        try:
+            report = with_density(report, references)
+        except ValueError as error:
+            raise BadInput(f"--reference: {error}") from None
+    return with_low_bits(report, evaluation.training_tokens)
 
 
 def evaluate_run(
@@ -102,7 +102,8 @@ def evaluate_run(
     judge = Judge(evaluation, base, Path(name).name, dtype, recipe.device, progress)
     report = Report(title=f"{Path(name).name}: {label}", base=judge.base_metrics(), command=command(recipe, name))
     point = judge.metrics(artifact, label, out.name)
-    report = _finished(report.add(point.model_copy(update={"command": report.command})), judge, artifact)
+    report = _judged(report.add(point.model_copy(update={"command": report.command})), evaluation)
+    judge.write_samples(artifact)
     write_report(report, artifact, layers=layer_rows(artifact))
     return report.points[-1], report
 
@@ -134,6 +135,7 @@ def command(recipe: Recipe, name: str) -> str:
 
 def evaluation_flags(evaluation: Evaluation) -> list[str]:
     """The options of the command line that say how to measure."""
+    tokens = evaluation.training_tokens
     words = _typed([
         ("--tasks", ",".join(evaluation.tasks), ""),
         ("--limit", evaluation.limit, None),
@@ -141,6 +143,7 @@ def evaluation_flags(evaluation: Evaluation) -> list[str]:
         ("--batch-size", evaluation.batch_size, 8),
         ("--data", evaluation.task_data, None),
         ("--task-seed", evaluation.task_seed, None),
+        ("--training-tokens", tokens and f"{tokens:.12g}", None),
     ])  # fmt: skip
     own = str(baseline_directory().parent / "tasks")
     repeated = [("--include", entry) for entry in evaluation.include if not entry.startswith(own)]
@@ -179,9 +182,10 @@ def evaluate_artifact(
     if base is not None:
         label = " > ".join(step.label for step in manifest.steps) if manifest else Path(source).name
         report = report.add(judge.metrics(checkpoint.path, label))
+    report = _judged(report, resolved)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        report = _finished(report, judge, out)
+        judge.write_samples(out)
         write_report(report, out, layers=layer_rows(checkpoint.path))
     return report
 
@@ -218,14 +222,23 @@ def _measured(source: str) -> tuple[Metrics, Report]:
     return models[label] if label else (*report.points, report.base)[0], report
 
 
-def chart_artifacts(sources: list[Path], out: Path) -> Path:
-    """One report over the metrics.json of many artifacts. Raises :class:`BadInput` where they do not compare."""
+def chart_artifacts(sources: list[Path], out: Path, training_tokens: str | None = None) -> Path:
+    """One report over the metrics.json of many artifacts. training_tokens: that the base model was trained on, such as 15T; by
+    default what the measurements say. Raises :class:`BadInput` where they do not compare."""
     try:
-        report = merge([load_report(source) for source in sources])
+        tokens = parse_tokens(training_tokens) if training_tokens is not None else None
+    except BadInput as error:
+        raise BadInput(f"--training-tokens: {error}") from None
+    reports = [load_report(source) for source in sources]
+    told = {report.low_bits.training_tokens for report in reports if report.low_bits is not None} - {None}
+    if tokens is None and len(told) > 1:
+        raise BadInput("these measurements name different numbers of training tokens; say which with --training-tokens")
+    try:
+        report = merge(reports)
     except ValueError as error:
         raise BadInput(f"these measurements do not go into one chart: {error}") from None
     out.mkdir(parents=True, exist_ok=True)
-    return write_report(with_lineage(report), out)
+    return write_report(with_low_bits(with_lineage(report), tokens or next(iter(told), None)), out)
 
 
 def with_lineage(report: Report) -> Report:

@@ -93,7 +93,7 @@ class Judge:
             data=f"{source}, {len(self.windows.tokens)} windows", context_length=length, dtype=str(dtype).removeprefix("torch."),
             device=device, seed=evaluation.seed, limit=evaluation.limit, n_shot=evaluation.n_shot, versions=versions(),
         )  # fmt: skip
-        settings = evaluation.model_dump(mode="json", exclude={"log_samples", "references"}) | {
+        settings = evaluation.model_dump(mode="json", exclude={"log_samples", "references", "training_tokens"}) | {
             "dtype": str(dtype),
             "device": device,
             "windows": self.windows.digest,

@@ -13,15 +13,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 
 from compress import methods
+from compress.amounts import parse_tokens
 from compress.errors import BadInput, explain
 from compress.passes import Pass
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _tokens(value: Any) -> Any:
+    return parse_tokens(value) if isinstance(value, str) else value
 
 
 class Calibration(_Settings):
@@ -56,6 +70,9 @@ class Evaluation(_Settings):
     )
     references: tuple[str, ...] = Field(
         default=(), description="metrics.json of dense models of one family, for effective parameters and density"
+    )
+    training_tokens: Annotated[int | None, BeforeValidator(_tokens)] = Field(
+        default=None, ge=1, description="that the base model was trained on, such as 15T; default: unknown"
     )
     windows: int = Field(default=16, ge=1, description="held-out windows for perplexity and divergence")
     length: int | None = Field(default=None, ge=2, description="tokens per held-out window; default: as for calibration")

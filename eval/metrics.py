@@ -20,6 +20,7 @@ from compress.eval.fidelity import Fidelity
 from compress.eval.files import write_whole
 from compress.eval.flips import Flips
 from compress.eval.harness import TaskScore
+from compress.eval.low_bits import LowBits
 from compress.eval.uncertainty import Difference
 
 PACKAGES = ("compress-lm", "torch", "transformers", "lm-eval")
@@ -113,7 +114,8 @@ class Report(BaseModel):
     """A base model and what compression made of it.
 
     points: in the order measured. command: what reproduces the report, as typed in a shell. density: the family of dense
-    models that the points' effective parameters were read off, where one was given. schema_id: see :mod:`compress.eval.schema`.
+    models that the points' effective parameters were read off, where one was given. low_bits: what the quantized points say
+    of bits per weight. schema_id: see :mod:`compress.eval.schema`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", populate_by_name=True)
@@ -125,6 +127,7 @@ class Report(BaseModel):
     points: tuple[Metrics, ...] = ()
     command: str | None = None
     density: Density | None = None
+    low_bits: LowBits | None = None
 
     def add(self, point: Metrics) -> Report:
         """A copy with one more point, its recovery measured against the base. Raises ValueError on a label in use."""
@@ -133,13 +136,13 @@ class Report(BaseModel):
         return self.model_copy(update={"points": (*self.points, point.recovered(self.base))})
 
     def lines(self) -> list[str]:
-        """The measurements in words, a line a model."""
+        """The measurements in words, a line a model, then what they say of low bits."""
         found = []
         for metrics in (self.base, *self.points):
             scores = ", ".join(f"{name} {score.primary} {score.value:.4g}" for name, score in metrics.tasks.items())
             divergence = f", KL {metrics.fidelity.kl_mean:.4g}" if metrics.fidelity else ""
             found.append(f"{metrics.label}: {metrics.cost.bytes_on_disk:,} bytes, {scores}{divergence}")
-        return found
+        return found + (self.low_bits.words() if self.low_bits is not None else [])
 
     def front(self) -> list[Metrics]:
         """The models, base included, than which none is both smaller and better, smallest first."""
@@ -203,7 +206,7 @@ def merge(reports: Sequence[Report], title: str | None = None) -> Report:
     if not reports:
         raise ValueError("no report to merge")
     first = reports[0]
-    merged = first.model_copy(update={"title": title or first.title, "points": (), "command": None})
+    merged = first.model_copy(update={"title": title or first.title, "points": (), "command": None, "low_bits": None})
     known: dict[tuple[str, str], str] = {}
     for report in reports:
         _assert_comparable(first, report)
