@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict
 from compress.amounts import format_count
 
 FEWEST_WIDTHS, APART = 3, 0.1
+USUAL = 3
+"""Bits at which a report's runs and the published law are set side by side."""
 WORTH = 0.1
 """Nats per token that low bits may cost: 10.5 % more perplexity."""
 RUINED = 5.0  # nats per token; beyond it a number says no more
@@ -113,13 +115,18 @@ class LowBits(BaseModel):
         """What follows from it, a sentence or two each."""
         return [*self._own_words(), *self._training_words(), *self._smaller_words()]
 
+    def widths(self, curve: BitCurve) -> tuple[float, float]:
+        """The fewest and the most bits that a curve was fitted to."""
+        bits = {run.label: run.bits for run in self.runs}
+        return bits[curve.labels[0]], bits[curve.labels[-1]]
+
     def _own_words(self) -> Iterator[str]:
         for curve in self.curves:
-            widths = [run.bits for run in self.runs if run.label in curve.labels]
+            least, most = self.widths(curve)
             yield (
-                f"{curve.recipe}: by its own {len(curve.labels)} runs of {min(widths):.2f} to {max(widths):.2f} bits per weight, "
+                f"{curve.recipe}: by its own {len(curve.labels)} runs of {least:.2f} to {most:.2f} bits per weight, "
                 f"loss = {curve.scale:.3g} / bits^{curve.exponent:.2f} (residual {curve.residual:.2g} in ln loss). "
-                f"{_passing(curve, (min(widths), max(widths)))}."
+                f"{_passing(curve, (least, most))}."
             )
         for reason in dict.fromkeys(self.without.values()):
             recipes = [recipe for recipe, own in self.without.items() if own == reason]
@@ -141,8 +148,14 @@ class LowBits(BaseModel):
         losses = ", ".join(f"{_nats(self.published.loss(bits))} at {bits} bits" for bits in (2, 3, 4))
         yield (
             f"The published law (2411.17691) says for that size and training: {losses} (nats per token). "
-            f"{_passing(self.published, FITTED['bits'], 'the range that it was fitted on')}{self._against_best_spent(level)}"
+            f"{_passing(self.published, FITTED['bits'], 'the range that it was fitted on')}. {self._against_best_spent(level)}"
         )
+        known = [curve for curve in self.curves if self.widths(curve)[0] <= USUAL <= self.widths(curve)[1]]
+        if best := min(known, key=lambda curve: curve.loss(USUAL), default=None):
+            yield (
+                f"What was measured counts for more: {best.recipe} loses {_nats(best.loss(USUAL))} at {USUAL} bits, where the "
+                f"published law says {_nats(self.published.loss(USUAL))}."
+            )
         outside = [
             f"{format_count(value)} {name}"
             for name, value in (("parameters", self.parameters), ("tokens", self.training_tokens))
@@ -159,10 +172,10 @@ class LowBits(BaseModel):
         assert self.parameters is not None and self.published is not None
         here, there = self.published.bits(), published_law(self.parameters, BEST_SPENT * self.parameters).bits()
         if level <= BEST_SPENT:
-            return ". A model trained so little gives up bits cheaply."
+            return "A model trained so little gives up bits cheaply."
         return (
-            f", where a model of this size trained on {BEST_SPENT} tokens a parameter would at {there:.1f}: its training makes "
-            f"fewer than {here:.1f} bits a bad bargain."
+            f"A model of this size that was trained on {BEST_SPENT} tokens a parameter would at {there:.1f} bits: the training "
+            f"of this one makes fewer than {here:.1f} a bad bargain, by that law."
         )
 
     def _smaller_words(self) -> Iterator[str]:

@@ -157,11 +157,10 @@ def low_bits(report: Report, models: Sequence[Metrics], points: Sequence[Mapping
     assert found is not None
     places = {metrics.label: number for number, metrics in enumerate(models)}
     told = table.kept(table.low_bits, models, report)
-    bits = {run.label: run.bits for run in found.runs}
     curves: list[dict[str, Any]] = []
     for curve in found.curves:
-        widths, leaf = [bits[label] for label in curve.labels], points[places[curve.labels[0]]]["leaf"]
-        curves.append({"name": curve.recipe, "leaf": leaf, "corners": _corners(curve, min(widths), max(widths))})
+        leaf = points[places[curve.labels[0]]]["leaf"]
+        curves.append({"name": curve.recipe, "leaf": leaf, "corners": _corners(curve, *found.widths(curve))})
     if found.published is not None:
         curves.append({"name": "published law", "leaf": None, "corners": _corners(found.published, *FITTED["bits"])})
     return {
@@ -169,8 +168,8 @@ def low_bits(report: Report, models: Sequence[Metrics], points: Sequence[Mapping
         "runs": [{"number": places[run.label]} | run.model_dump(include={"bits", "loss", "error"}) for run in found.runs],
         "curves": [curve for curve in curves if curve["corners"]],
         "rows": {
-            places[label]: [(head, cell.text) for (head, _), cell in zip(told.columns, told.rows[places[label]], strict=True)]
-            for label in bits
+            number: [(head, cell.text) for (head, _), cell in zip(told.columns, told.rows[number], strict=True)]
+            for number in (places[run.label] for run in found.runs)
         },
     }
 

@@ -10,7 +10,7 @@ function drawBits() {
   const without = runs.filter(run => !placed.includes(run)).map(run => data.points[run.number].short);
   find("#bits-note").textContent = without.length ? `Without a place on a log scale, as they lose nothing: ${without.join(", ")}.` : "";
   const area = { left: 58, right: width - 14, top: 30, bottom: height - 46 };
-  const x = { name: "bits per weight of the compressed layers", unit: "bits" }, y = { unit: "number" };
+  const x = { name: "bits per weight of the compressed layers", unit: "bits" }, y = { unit: "nats" };
   const atX = scale([...placed.map(run => run.bits), ...corners.map(corner => corner[0])], false, area.left, area.right, 0.06);
   const atY = scale([worth, ...placed.map(run => run.loss), ...corners.map(corner => corner[1])], true, area.bottom, area.top, 0.06);
   const points = placed.map(run => ({ ...run, model: data.points[run.number], px: atX(run.bits), py: atY(run.loss) }));
@@ -25,7 +25,7 @@ function drawBits() {
     lines.push(...path.map(([px, py]) => around(px, py, 3)));
   }
   for (const run of points.filter(each => each.error)) {
-    const [low, high] = [Math.max(run.loss - run.error, run.loss / 3), run.loss + run.error].map(atY);
+    const [low, high] = [Math.max(run.loss - run.error, run.loss / 3), run.loss + run.error].map(loss => Math.min(atY(loss), area.bottom));
     picture.append(svg("path", { class: `error-line leaf-${run.model.leaf}`, d: `M${run.px} ${low}V${high}` }));
   }
   ruler.font = `12px ${getComputedStyle(bitPlot).fontFamily}`;
