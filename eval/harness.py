@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from compress.eval.documents import Document, documents, is_mean, together
 from compress.eval.local_data import local_data
@@ -81,6 +81,12 @@ class TaskScore(BaseModel):
     primary: str
     higher_is_better: bool
     n_samples: int
+
+    @model_validator(mode="after")
+    def _has_its_primary(self) -> TaskScore:
+        if self.primary not in self.metrics:
+            raise ValueError(f"the primary metric {self.primary!r} is none of {', '.join(self.metrics) or 'no metrics'}")
+        return self
 
     @property
     def value(self) -> float:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress.eval.cost import Cost
 from compress.eval.density import Density
@@ -121,13 +122,27 @@ class Report(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", populate_by_name=True)
 
     schema_id: str = Field(default=SCHEMA_ID, alias="$schema")
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     title: str
     base: Metrics
     points: tuple[Metrics, ...] = ()
     command: str | None = None
     density: Density | None = None
     low_bits: LowBits | None = None
+
+    @field_validator("schema_id")
+    @classmethod
+    def _is_read(cls, schema_id: str) -> str:
+        if schema_id != SCHEMA_ID:
+            raise ValueError(f"written by another release, whose files are {schema_id!r}; this one reads {SCHEMA_ID!r}")
+        return schema_id
+
+    @model_validator(mode="after")
+    def _labels_are_unique(self) -> Report:
+        labels = Counter([self.base.label, *(point.label for point in self.points)])
+        if twice := [label for label, n in labels.items() if n > 1]:
+            raise ValueError(f"several models have the label {', '.join(map(repr, twice))}")
+        return self
 
     def add(self, point: Metrics) -> Report:
         """A copy with one more point, its recovery measured against the base. Raises ValueError on a label in use."""
@@ -168,13 +183,16 @@ class Report(BaseModel):
 def recovery(tasks: Mapping[str, TaskScore], base: Mapping[str, TaskScore]) -> dict[str, float]:
     """Share of the base's primary metric kept, per task: compressed / base, or base / compressed where lower is better.
 
-    A task whose share is undefined (a score of zero below the line, or not a number) is left out.
+    A score that is not a number keeps nothing. A task whose share is undefined (the base's score is zero or not a number) is
+    left out.
     """
     shares: dict[str, float] = {}
     for name, score in tasks.items():
         if name not in base or score.primary not in base[name].metrics:
             continue
         ours, theirs = score.value, base[name].metrics[score.primary]
+        if math.isnan(ours) and not math.isnan(theirs):
+            ours = 0.0 if score.higher_is_better else math.inf
         kept, whole = (ours, theirs) if score.higher_is_better else (theirs, ours)
         share = kept / whole if whole else math.nan
         if not math.isnan(share):

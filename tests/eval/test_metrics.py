@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from functools import reduce
 
 import pytest
 from hypothesis import given
@@ -41,6 +43,33 @@ def test_undefined_recoveries_are_left_out(make_metrics):
     assert recovery(point.tasks, base.tasks) == {"text": 0.0}
     assert recovery({}, base.tasks) == {}
     assert point.recovered(point.model_copy(update={"tasks": {}})).mean_recovery is None
+
+
+def test_a_score_that_is_no_number_keeps_nothing(make_metrics):
+    base, broken = make_metrics("base", 100, 0.8), make_metrics("small", 50, math.nan, bits_per_byte=math.nan)
+    assert recovery(broken.tasks, base.tasks) == {"choice": 0.0, "text": 0.0}
+    assert recovery(base.tasks, broken.tasks) == {}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("base", "cost", "bytes_on_disk"), 0, "greater than 0"),
+        (("points", 0, "cost", "bytes_on_disk"), 10**400, "base.cost|points.0.cost|too large|out of range|less than"),
+        (("points", 0, "cost", "compressed_bits_per_weight"), "NaN", "finite|greater"),
+        (("points", 0, "tasks", "choice", "primary"), "acc_best", "'acc_best' is none of acc, acc_norm"),
+        (("points", 1, "label"), "gptq", "several models have the label 'gptq'"),
+        (("$schema",), "urn:compress-lm:metrics:2", "another release"),
+        (("schema_version",), 2, "should be 1"),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(report, tmp_path, place, value, told):
+    content = json.loads(report.dump())
+    *way, last = place
+    reduce(lambda node, key: node[key], way, content)[last] = value
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    with pytest.raises(ValidationError, match=told):
+        Report.load(tmp_path / "metrics.json")
 
 
 def test_json_both_ways(report, tmp_path, make_metrics):
