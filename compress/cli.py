@@ -98,10 +98,9 @@ def _recipe(model: str | None, passes: list[str] | None, recipe: str | None, **o
 
 def _measuring(tasks: str | None, include: list[str] | None, limit: int | None, **more: Any) -> dict[str, Any]:
     """The evaluation's settings among a command's options."""
-    batch_size, data, references = more.pop("batch_size", None), more.pop("data", None), more.pop("references", None)
+    data, references = more.pop("data", None), more.pop("references", None)
     return {
         "tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None,
-        "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
         "task_data": str(data) if data else None,
         "references": tuple(map(str, references)) if references else None,
         "log_samples": more.pop("log_samples", None) or None,
@@ -110,7 +109,12 @@ def _measuring(tasks: str | None, include: list[str] | None, limit: int | None, 
 
 
 def _split(tasks: str | None) -> tuple[str, ...] | None:
-    return tuple(filter(None, (task.strip() for task in tasks.split(",")))) if tasks is not None else None
+    if tasks is None:
+        return None
+    names = tuple(filter(None, (task.strip() for task in tasks.split(","))))
+    if not names:
+        raise BadInput(f"--tasks {tasks!r}: names no task")
+    return names
 
 
 @app.command("run")

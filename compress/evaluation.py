@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
 import shutil
 import sys
@@ -13,23 +14,25 @@ import torch
 
 from compress import __version__
 from compress.amounts import parse_tokens
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, resolve
 from compress.errors import BadInput, explain
 from compress.eval.baselines import baseline_directory
 from compress.eval.bit_runs import with_low_bits
 from compress.eval.compare import Comparison, compare_models
 from compress.eval.harness import check_data, check_tasks
 from compress.eval.metrics import Metrics, Report, merge
-from compress.eval.reference import read_references, with_density
+from compress.eval.reference import check_references, read_references, with_density
 from compress.eval.report import write_report
 from compress.gates import Gates
 from compress.judge import FACTS_TASK, Judge, layer_rows
+from compress.manifest import Manifest
 from compress.methods import did_you_mean
 from compress.passes import Pass
 from compress.progress import Progress
 from compress.recipe import Evaluation, Recipe
 
-TEXT_TASK = "demo_text"
+TEXT_TASK, DEMO = "demo_text", "demo_"
+log = logging.getLogger(__name__)
 
 
 def bundled_tasks() -> Path:
@@ -59,7 +62,7 @@ def resolve_evaluation(evaluation: Evaluation, demo: bool) -> Evaluation:
     """
     tasks = evaluation.tasks or ((FACTS_TASK, TEXT_TASK) if demo else (TEXT_TASK,))
     include = evaluation.include
-    if {TEXT_TASK, FACTS_TASK} & set(tasks):
+    if any(name.startswith(DEMO) for name in tasks):  # also one that is mistyped
         include = (*include, str(bundled_tasks()))
     resolved = evaluation.model_copy(update={"tasks": tuple(tasks), "include": include})
     try:
@@ -70,7 +73,11 @@ def resolve_evaluation(evaluation: Evaluation, demo: bool) -> Evaluation:
         check_data(resolved, manager)
     except ValueError as error:
         raise BadInput(f"--data: {error}") from None
-    _references(resolved)
+    if references := _references(resolved):
+        try:
+            check_references(references, resolved.limit, resolved.n_shot)
+        except ValueError as error:
+            raise BadInput(f"--reference: {error}") from None
     return resolved
 
 
@@ -165,13 +172,20 @@ def evaluate_artifact(
     from compress.pipeline import check_device, compute_dtype, stored_dtype
 
     check_device(device)
+    if evaluation.log_samples and out is None:
+        raise BadInput("--log-samples writes files: say where, with --out")
     checkpoint = Checkpoint.open(source)
     manifest = checkpoint.manifest
-    if base is None and manifest is not None and (manifest.base == "demo" or Path(manifest.base).is_dir()):
-        base = manifest.base
+    if base is None and manifest is not None:
+        base = _own_base(manifest)
     if base is None and gates is not None and gates.need_measuring:
         raise BadInput(f"{' and '.join(gates.need_measuring)} need the base model, which was not found; name it with --base")
     reference = Checkpoint.open(base) if base else checkpoint
+    _check_vocabulary(checkpoint, reference)
+    if manifest is not None and base == manifest.base and reference.digest != manifest.base_digest:
+        log.warning("%s has changed since %s was made from it", base, source)
+    if out is not None:
+        _make_directory(out)
     name = base or source
     chosen = compute_dtype(dtype, device, stored_dtype(reference))
     resolved = resolve_evaluation(evaluation, is_demo(checkpoint, name))
@@ -184,10 +198,34 @@ def evaluate_artifact(
         report = report.add(judge.metrics(checkpoint.path, label))
     report = _judged(report, resolved)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         judge.write_samples(out)
         write_report(report, out, layers=layer_rows(checkpoint.path))
     return report
+
+
+def _own_base(manifest: Manifest) -> str | None:
+    """The model that an artifact was made from, where this machine has it."""
+    try:
+        resolve(manifest.base, cached=True)
+    except BadInput:
+        log.warning("the base model %s is not here: there is nothing to compare with; name it with --base", manifest.base)
+        return None
+    return manifest.base
+
+
+def _check_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Raise :class:`BadInput` where the two do not predict the same tokens: their predictions do not compare."""
+    ours, theirs = checkpoint.config.vocab_size, base.config.vocab_size
+    if ours != theirs:
+        raise BadInput(f"{checkpoint.path} and its base {base.path} have vocabularies of {ours:,} and {theirs:,} tokens")
+
+
+def _make_directory(out: Path) -> None:
+    """Raises :class:`BadInput`, before any compute, for what can be no directory."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be a directory to write into: {error.strerror}") from None
 
 
 def load_report(source: Path) -> Report:
@@ -237,7 +275,7 @@ def chart_artifacts(sources: list[Path], out: Path, training_tokens: str | None 
         report = merge(reports)
     except ValueError as error:
         raise BadInput(f"these measurements do not go into one chart: {error}") from None
-    out.mkdir(parents=True, exist_ok=True)
+    _make_directory(out)
     return write_report(with_low_bits(with_lineage(report), tokens or next(iter(told), None)), out)
 
 

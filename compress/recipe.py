@@ -58,7 +58,7 @@ class Evaluation(_Settings):
     tasks: tuple[str, ...] = Field(default=(), description="names of lm-eval's tasks, groups and tags, or patterns")
     limit: int | None = Field(default=None, ge=1, description="questions per task")
     include: tuple[str, ...] = Field(default=(), description="directories or files of local YAML tasks")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    batch_size: int | Literal["auto"] = Field(
         default=8, description="of the tasks; auto: the largest that fits into the accelerator's memory"
     )
     n_shot: int | None = Field(default=None, ge=0, description="examples in the prompt; default: what each task says")
@@ -78,6 +78,14 @@ class Evaluation(_Settings):
     length: int | None = Field(default=None, ge=2, description="tokens per held-out window; default: as for calibration")
     data: str | None = Field(default=None, description="held-out text; default: the bundled held-out text")
     seed: int = 0
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _batch_size(cls, value: Any) -> Any:
+        size = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if size != "auto" and not (type(size) is int and size >= 1):
+            raise ValueError(f"is a number of at least 1, or auto (got {value!r})")
+        return size
 
 
 class Recipe(_Settings):

@@ -140,9 +140,11 @@ def check_tasks(evaluation: EvaluationSettings) -> TaskManager:
 def check_data(evaluation: EvaluationSettings, manager: TaskManager) -> None:
     """Open the local data of every task, before any compute; nothing to do where tasks read their own.
 
-    Raises ValueError where a task's data are not in the directory.
+    Raises ValueError where there is no such directory, or a task's data are not in it.
     """
     if evaluation.task_data is not None:
+        if not Path(evaluation.task_data).is_dir():
+            raise ValueError(f"no such directory: {evaluation.task_data}")
         _load(evaluation, manager)
 
 
