@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import category
 
 import typer
 import typer.core
@@ -169,7 +170,12 @@ def run_command(
 
 def _say(lines: Iterable[str], *, err: bool) -> None:
     for line in lines:
-        typer.echo(line, err=err)
+        typer.echo(_printable(line), err=err)
+
+
+def _printable(text: str) -> str:
+    """Names come from files that others wrote: they must not steer the terminal."""
+    return "".join(sign if sign in "\n\t" or category(sign) not in ("Cc", "Cs") else "\ufffd" for sign in text)
 
 
 @app.command("plan")
@@ -239,7 +245,7 @@ def eval_command(
     settings = _recipe(None, None, None, calibration={}, evaluation=evaluation, device=device, dtype=dtype)
     with Bar("eval") as bar:
         report = evaluate_artifact(model, base, settings.evaluation, settings.device, settings.dtype, out, bar, gates=gates)
-    typer.echo(report.dump() if as_json else "\n".join(report.lines()))
+    typer.echo(report.dump() if as_json else _printable("\n".join(report.lines())))
     measured = (*report.points, report.base)[0]
     checked = gates.checked(measured.cost.bytes_on_disk, measured)
     _say(handover.measured(resolve(model), settings.evaluation, report, checked, out), err=as_json)
@@ -260,7 +266,7 @@ def compare_command(
     from compress.evaluation import compare_artifacts
 
     found = compare_artifacts(a, b)
-    typer.echo(found.model_dump_json() if as_json else "\n".join(found.lines()))
+    typer.echo(found.model_dump_json() if as_json else _printable("\n".join(found.lines())))
     if junit is not None:
         write_junit(junit, f"{b} against {a}", found.cases())
     if not_worse and found.worse:
@@ -359,7 +365,7 @@ def main() -> None:
 
 
 def _fail(kind: str, message: object, code: int) -> None:
-    typer.echo(f"{kind}: {message}", err=True)
+    typer.echo(_printable(f"{kind}: {message}"), err=True)
     sys.exit(code)
 
 

@@ -25,6 +25,7 @@ from compress.eval.low_bits import LowBits
 from compress.eval.uncertainty import Difference
 
 PACKAGES = ("compress-lm", "torch", "transformers", "lm-eval")
+UNPLACED = dict.fromkeys(("effective_parameters", "density", "bit_density"))
 SCHEMA_ID = "urn:compress-lm:metrics:1"
 """Names the schema of ``metrics.json``; its number rises where old readers would misread new files."""
 
@@ -220,11 +221,15 @@ def merge(reports: Sequence[Report], title: str | None = None) -> Report:
 
     The same point measured twice is kept once; different points of one label are numbered. Raises ValueError if there
     is no report, or if they differ in base model or in protocol (versions aside), as their numbers then do not compare.
+    Densities are kept where they are of one family; what the points say of low bits together is left to be found.
     """
     if not reports:
         raise ValueError("no report to merge")
     first = reports[0]
-    merged = first.model_copy(update={"title": title or first.title, "points": (), "command": None, "low_bits": None})
+    families = [report.density for report in reports if report.density is not None]
+    density = families[0] if families and all(one == families[0] for one in families) else None
+    fresh = {"title": title or first.title, "points": (), "command": None, "density": density, "low_bits": None}
+    merged = first.model_copy(update=fresh)
     known: dict[tuple[str, str], str] = {}
     for report in reports:
         _assert_comparable(first, report)
@@ -239,7 +244,8 @@ def merge(reports: Sequence[Report], title: str | None = None) -> Report:
             label, parent = renamed[point.label], point.parent
             known[point.label, point.digest] = label
             parent = renamed.get(parent, parent) if parent is not None else None
-            merged = merged.add(point.model_copy(update={"label": label, "parent": parent}))
+            own = {} if density is not None else UNPLACED
+            merged = merged.add(point.model_copy(update={"label": label, "parent": parent, **own}))
     return merged
 
 

@@ -261,6 +261,16 @@ def test_a_mistyped_bundled_task_is_known_again(cli, mild: Path) -> None:
     assert refused.code == 2 and "did you mean demo_facts" in refused.err
 
 
+def test_names_do_not_steer_the_terminal(cli, harsh: Result, tmp_path: Path) -> None:
+    content = json.loads((harsh.path / "metrics.json").read_text())
+    content["points"][0]["label"] = "red \x1b[31m \ud83d\ude00 \x07"
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    shown = cli("compare", tmp_path, harsh.path)
+    assert shown.code == 0 and "A: red \ufffd[31m \U0001f600 \ufffd\n" in shown.out
+    refused = cli("compare", f"{tmp_path}#\x1b[31m", harsh.path)
+    assert refused.code == 2 and "\x1b" not in refused.err
+
+
 def test_a_base_that_is_gone_or_changed_is_told(mild: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     once = Evaluation(tasks=("demo_facts",), limit=1, windows=1, length=32)
     for name, change, said in (

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from compress.eval.density import Density
 from compress.eval.metrics import Protocol, Report, merge, pareto_front, recovery
 
 numbers = st.integers(0, 12).map(float)  # few values, so that ties happen
@@ -104,6 +105,18 @@ def test_merge_keeps_each_point_once_and_its_lineage(report, make_metrics):
     assert labels == [*(point.label for point in report.points), "wanda (2)", "wanda+svd"]
     assert merged.points[-1].parent == "wanda (2)"
     assert merge([merged, merged]).points == merged.points
+
+
+def test_merge_keeps_densities_of_one_family_only(report):
+    def placed(label: str, exponent: float) -> Report:
+        family = Density(task="text", members=(), exponent=exponent, critical=1e9, residual=0.0)
+        points = tuple(one.model_copy(update={"label": label, "digest": label, "density": 0.5}) for one in report.points[:1])
+        return report.model_copy(update={"points": points, "density": family})
+
+    same = merge([placed("a", 0.1), placed("b", 0.1), report])
+    assert same.density is not None and [point.density for point in same.points[:3]] == [0.5, 0.5, None]
+    mixed = merge([placed("a", 0.1), placed("b", 0.2)])
+    assert mixed.density is None and [point.density for point in mixed.points] == [None, None]
 
 
 def test_merge_refuses_what_does_not_compare(report, make_metrics):
