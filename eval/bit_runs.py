@@ -34,12 +34,12 @@ def with_low_bits(report: Report, training_tokens: int | None = None) -> Report:
         except ValueError as error:
             without[recipe] = str(error)
     size = report.base.cost.non_embedding_parameters
-    known = training_tokens is not None and size
+    published = published_law(size, training_tokens) if size and training_tokens is not None else None
     return report.model_copy(
         update={
             "low_bits": LowBits(
                 runs=tuple(quantized.values()), curves=tuple(curves), without=without, parameters=size,
-                training_tokens=training_tokens, published=published_law(size, training_tokens) if known else None,
+                training_tokens=training_tokens, published=published,
                 smaller=_smaller(report, quantized, curves),
             )
         }
