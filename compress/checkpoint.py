@@ -269,8 +269,9 @@ _COMPANIONS = (
 )  # fmt: skip
 
 
-def resolve(source: str | Path) -> Path:
-    """A local directory for a path, a hub id or ``demo``. Raises :class:`BadInput` where there is none."""
+def resolve(source: str | Path, *, cached: bool = False) -> Path:
+    """A local directory for a path, a hub id or ``demo``. cached: of what the hub gave before, and nothing else. Raises
+    :class:`BadInput` where there is none."""
     if str(source) == "demo":
         from compress.demo import MODEL
 
@@ -283,7 +284,7 @@ def resolve(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES, local_files_only=cached))
     except Exception as error:  # the hub client raises a dozen kinds, all of which mean the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"{source}: neither a local directory nor a model that the hub gave: {reason}") from None

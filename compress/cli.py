@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
+from unicodedata import category
 
 import typer
 import typer.core
@@ -64,6 +65,9 @@ Track = Annotated[str | None, typer.Option("--track", help="record in an experim
 References = Annotated[
     list[Path] | None, typer.Option("--reference", help="measured dense model of a family, for densities; repeatable")
 ]
+TrainingTokens = Annotated[
+    str | None, typer.Option(help="that the base model was trained on, such as 15T: says what low bits cost it [unknown]")
+]
 Seed = Annotated[int | None, typer.Option(help="seed of sampling and training [0]")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... [cpu]")]
 Dtype = Annotated[str | None, typer.Option(help="of forward passes: auto, float32, bfloat16, float16 [auto]")]
@@ -95,10 +99,9 @@ def _recipe(model: str | None, passes: list[str] | None, recipe: str | None, **o
 
 def _measuring(tasks: str | None, include: list[str] | None, limit: int | None, **more: Any) -> dict[str, Any]:
     """The evaluation's settings among a command's options."""
-    batch_size, data, references = more.pop("batch_size", None), more.pop("data", None), more.pop("references", None)
+    data, references = more.pop("data", None), more.pop("references", None)
     return {
         "tasks": _split(tasks), "limit": limit, "include": tuple(include) if include else None,
-        "batch_size": int(batch_size) if batch_size and batch_size.isdecimal() else batch_size,
         "task_data": str(data) if data else None,
         "references": tuple(map(str, references)) if references else None,
         "log_samples": more.pop("log_samples", None) or None,
@@ -107,7 +110,12 @@ def _measuring(tasks: str | None, include: list[str] | None, limit: int | None, 
 
 
 def _split(tasks: str | None) -> tuple[str, ...] | None:
-    return tuple(filter(None, (task.strip() for task in tasks.split(",")))) if tasks is not None else None
+    if tasks is None:
+        return None
+    names = tuple(filter(None, (task.strip() for task in tasks.split(","))))
+    if not names:
+        raise BadInput(f"--tasks {tasks!r}: names no task")
+    return names
 
 
 @app.command("run")
@@ -117,7 +125,7 @@ def run_command(
     recipe: RecipeOption = None, calibration: CalibrationOption = None, column: Column = None, samples: Samples = None,
     length: Length = None, tasks: Tasks = None, include: Include = None, limit: Limit = None, n_shot: Shots = None,
     batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False,
-    streamed: StreamedOption = None, reference: References = None,
+    streamed: StreamedOption = None, reference: References = None, training_tokens: TrainingTokens = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="do not measure base and result")] = False,
     seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None, overwrite: Overwrite = False,
     as_json: Json = False,
@@ -139,7 +147,7 @@ def run_command(
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
         evaluation=_measuring(
             tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-            log_samples=log_samples, streamed=streamed, references=reference,
+            log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
         ),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
@@ -162,7 +170,12 @@ def run_command(
 
 def _say(lines: Iterable[str], *, err: bool) -> None:
     for line in lines:
-        typer.echo(line, err=err)
+        typer.echo(_printable(line), err=err)
+
+
+def _printable(text: str) -> str:
+    """Names come from files that others wrote: they must not steer the terminal."""
+    return "".join(sign if sign in "\n\t" or category(sign) not in ("Cc", "Cs") else "\ufffd" for sign in text)
 
 
 @app.command("plan")
@@ -171,7 +184,8 @@ def plan_command(
     column: Column = None, samples: Samples = None, length: Length = None, tasks: Tasks = None, include: Include = None,
     limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None,
     log_samples: LogSamples = False, streamed: StreamedOption = None, reference: References = None,
-    seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None, as_json: Json = False,
+    training_tokens: TrainingTokens = None, seed: Seed = None, device: Device = None, dtype: Dtype = None,
+    effort: Effort = None, as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="ignored: a plan writes nothing")] = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="ignored: a plan measures nothing")] = False,
     trust_remote_code: Trust = False, allow_pickle: Pickle = False,
@@ -184,7 +198,7 @@ def plan_command(
         calibration={"data": calibration, "samples": samples, "length": length, "column": column},
         evaluation=_measuring(
             tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-            log_samples=log_samples, streamed=streamed, references=reference,
+            log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
         ),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
@@ -209,7 +223,8 @@ def eval_command(
     base: Annotated[str | None, typer.Option(help="compare with this base model [the artifact's own, where it is found]")] = None,
     tasks: Tasks = None, include: Include = None, limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None,
     data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False, streamed: StreamedOption = None,
-    reference: References = None, device: Device = None, dtype: Dtype = None, as_json: Json = False,
+    reference: References = None, training_tokens: TrainingTokens = None, device: Device = None, dtype: Dtype = None,
+    as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="write metrics.json and report.html there")] = None,
     min_recovery: MinRecovery = None, max_bytes: MaxBytes = None, max_kl: MaxKL = None, max_flips: MaxFlips = None,
     junit: Junit = None, track: Track = None,
@@ -225,12 +240,12 @@ def eval_command(
     handover = Handover(junit, track)
     evaluation = _measuring(
         tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-        log_samples=log_samples, streamed=streamed, references=reference,
+        log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
     )  # fmt: skip
     settings = _recipe(None, None, None, calibration={}, evaluation=evaluation, device=device, dtype=dtype)
     with Bar("eval") as bar:
         report = evaluate_artifact(model, base, settings.evaluation, settings.device, settings.dtype, out, bar, gates=gates)
-    typer.echo(report.dump() if as_json else "\n".join(report.lines()))
+    typer.echo(report.dump() if as_json else _printable("\n".join(report.lines())))
     measured = (*report.points, report.base)[0]
     checked = gates.checked(measured.cost.bytes_on_disk, measured)
     _say(handover.measured(resolve(model), settings.evaluation, report, checked, out), err=as_json)
@@ -251,7 +266,7 @@ def compare_command(
     from compress.evaluation import compare_artifacts
 
     found = compare_artifacts(a, b)
-    typer.echo(found.model_dump_json() if as_json else "\n".join(found.lines()))
+    typer.echo(found.model_dump_json() if as_json else _printable("\n".join(found.lines())))
     if junit is not None:
         write_junit(junit, f"{b} against {a}", found.cases())
     if not_worse and found.worse:
@@ -270,11 +285,12 @@ def schema_command() -> None:
 def chart_command(
     artifacts: Annotated[list[Path], typer.Argument(help="artifacts, or metrics.json files, of one base model")],
     out: Annotated[Path, typer.Option("-o", "--out", help="directory for report.html, chart.svg and chart.png")] = Path("report"),
+    training_tokens: TrainingTokens = None,
 ) -> None:
     """Put the measurements of many runs into one chart and report."""
     from compress.evaluation import chart_artifacts
 
-    typer.echo(str(chart_artifacts(artifacts, out)))
+    typer.echo(str(chart_artifacts(artifacts, out, training_tokens)))
 
 
 @app.command("verify")
@@ -349,7 +365,7 @@ def main() -> None:
 
 
 def _fail(kind: str, message: object, code: int) -> None:
-    typer.echo(f"{kind}: {message}", err=True)
+    typer.echo(_printable(f"{kind}: {message}"), err=True)
     sys.exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
 import shutil
 import sys
@@ -12,22 +13,26 @@ from pathlib import Path
 import torch
 
 from compress import __version__
-from compress.checkpoint import Checkpoint
+from compress.amounts import parse_tokens
+from compress.checkpoint import Checkpoint, resolve
 from compress.errors import BadInput, explain
 from compress.eval.baselines import baseline_directory
+from compress.eval.bit_runs import with_low_bits
 from compress.eval.compare import Comparison, compare_models
 from compress.eval.harness import check_data, check_tasks
 from compress.eval.metrics import Metrics, Report, merge
-from compress.eval.reference import read_references, with_density
+from compress.eval.reference import check_references, read_references, with_density
 from compress.eval.report import write_report
 from compress.gates import Gates
 from compress.judge import FACTS_TASK, Judge, layer_rows
+from compress.manifest import Manifest
 from compress.methods import did_you_mean
 from compress.passes import Pass
 from compress.progress import Progress
 from compress.recipe import Evaluation, Recipe
 
-TEXT_TASK = "demo_text"
+TEXT_TASK, DEMO = "demo_text", "demo_"
+log = logging.getLogger(__name__)
 
 
 def bundled_tasks() -> Path:
@@ -57,7 +62,7 @@ def resolve_evaluation(evaluation: Evaluation, demo: bool) -> Evaluation:
     """
     tasks = evaluation.tasks or ((FACTS_TASK, TEXT_TASK) if demo else (TEXT_TASK,))
     include = evaluation.include
-    if {TEXT_TASK, FACTS_TASK} & set(tasks):
+    if any(name.startswith(DEMO) for name in tasks):  # also one that is mistyped
         include = (*include, str(bundled_tasks()))
     resolved = evaluation.model_copy(update={"tasks": tuple(tasks), "include": include})
     try:
@@ -68,7 +73,11 @@ def resolve_evaluation(evaluation: Evaluation, demo: bool) -> Evaluation:
         check_data(resolved, manager)
     except ValueError as error:
         raise BadInput(f"--data: {error}") from None
-    _references(resolved)
+    if references := _references(resolved):
+        try:
+            check_references(references, resolved.limit, resolved.n_shot)
+        except ValueError as error:
+            raise BadInput(f"--reference: {error}") from None
     return resolved
 
 
@@ -80,16 +89,14 @@ def _references(evaluation: Evaluation) -> list[Metrics]:
         raise BadInput(f"--reference: {explain(error)}") from None
 
 
-def _finished(report: Report, judge: Judge, directory: Path) -> Report:
-    """With densities where there are references; samples are written where they were asked for."""
-    judge.write_samples(directory)
-    references = _references(judge.evaluation)
-    if not references:
-        return report
-    try:
-        return with_density(report, references)
-    except ValueError as error:
-        raise BadInput(f"--reference: {error}") from None
+def _judged(report: Report, evaluation: Evaluation) -> Report:
+    """With densities where there are references, and with what low bits cost."""
+    if references := _references(evaluation):
+        try:
+            report = with_density(report, references)
+        except ValueError as error:
+            raise BadInput(f"--reference: {error}") from None
+    return with_low_bits(report, evaluation.training_tokens)
 
 
 def evaluate_run(
@@ -102,7 +109,8 @@ def evaluate_run(
     judge = Judge(evaluation, base, Path(name).name, dtype, recipe.device, progress)
     report = Report(title=f"{Path(name).name}: {label}", base=judge.base_metrics(), command=command(recipe, name))
     point = judge.metrics(artifact, label, out.name)
-    report = _finished(report.add(point.model_copy(update={"command": report.command})), judge, artifact)
+    report = _judged(report.add(point.model_copy(update={"command": report.command})), evaluation)
+    judge.write_samples(artifact)
     write_report(report, artifact, layers=layer_rows(artifact))
     return report.points[-1], report
 
@@ -134,6 +142,7 @@ def command(recipe: Recipe, name: str) -> str:
 
 def evaluation_flags(evaluation: Evaluation) -> list[str]:
     """The options of the command line that say how to measure."""
+    tokens = evaluation.training_tokens
     words = _typed([
         ("--tasks", ",".join(evaluation.tasks), ""),
         ("--limit", evaluation.limit, None),
@@ -141,6 +150,7 @@ def evaluation_flags(evaluation: Evaluation) -> list[str]:
         ("--batch-size", evaluation.batch_size, 8),
         ("--data", evaluation.task_data, None),
         ("--task-seed", evaluation.task_seed, None),
+        ("--training-tokens", tokens and f"{tokens:.12g}", None),
     ])  # fmt: skip
     own = str(baseline_directory().parent / "tasks")
     repeated = [("--include", entry) for entry in evaluation.include if not entry.startswith(own)]
@@ -162,13 +172,20 @@ def evaluate_artifact(
     from compress.pipeline import check_device, compute_dtype, stored_dtype
 
     check_device(device)
+    if evaluation.log_samples and out is None:
+        raise BadInput("--log-samples writes files: say where, with --out")
     checkpoint = Checkpoint.open(source)
     manifest = checkpoint.manifest
-    if base is None and manifest is not None and (manifest.base == "demo" or Path(manifest.base).is_dir()):
-        base = manifest.base
+    if base is None and manifest is not None:
+        base = _own_base(manifest)
     if base is None and gates is not None and gates.need_measuring:
         raise BadInput(f"{' and '.join(gates.need_measuring)} need the base model, which was not found; name it with --base")
     reference = Checkpoint.open(base) if base else checkpoint
+    _check_vocabulary(checkpoint, reference)
+    if manifest is not None and base == manifest.base and reference.digest != manifest.base_digest:
+        log.warning("%s has changed since %s was made from it", base, source)
+    if out is not None:
+        _make_directory(out)
     name = base or source
     chosen = compute_dtype(dtype, device, stored_dtype(reference))
     resolved = resolve_evaluation(evaluation, is_demo(checkpoint, name))
@@ -179,11 +196,36 @@ def evaluate_artifact(
     if base is not None:
         label = " > ".join(step.label for step in manifest.steps) if manifest else Path(source).name
         report = report.add(judge.metrics(checkpoint.path, label))
+    report = _judged(report, resolved)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        report = _finished(report, judge, out)
+        judge.write_samples(out)
         write_report(report, out, layers=layer_rows(checkpoint.path))
     return report
+
+
+def _own_base(manifest: Manifest) -> str | None:
+    """The model that an artifact was made from, where this machine has it."""
+    try:
+        resolve(manifest.base, cached=True)
+    except BadInput:
+        log.warning("the base model %s is not here: there is nothing to compare with; name it with --base", manifest.base)
+        return None
+    return manifest.base
+
+
+def _check_vocabulary(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """Raise :class:`BadInput` where the two do not predict the same tokens: their predictions do not compare."""
+    ours, theirs = checkpoint.config.vocab_size, base.config.vocab_size
+    if ours != theirs:
+        raise BadInput(f"{checkpoint.path} and its base {base.path} have vocabularies of {ours:,} and {theirs:,} tokens")
+
+
+def _make_directory(out: Path) -> None:
+    """Raises :class:`BadInput`, before any compute, for what can be no directory."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: cannot be a directory to write into: {error.strerror}") from None
 
 
 def load_report(source: Path) -> Report:
@@ -218,14 +260,23 @@ def _measured(source: str) -> tuple[Metrics, Report]:
     return models[label] if label else (*report.points, report.base)[0], report
 
 
-def chart_artifacts(sources: list[Path], out: Path) -> Path:
-    """One report over the metrics.json of many artifacts. Raises :class:`BadInput` where they do not compare."""
+def chart_artifacts(sources: list[Path], out: Path, training_tokens: str | None = None) -> Path:
+    """One report over the metrics.json of many artifacts. training_tokens: that the base model was trained on, such as 15T; by
+    default what the measurements say. Raises :class:`BadInput` where they do not compare."""
     try:
-        report = merge([load_report(source) for source in sources])
+        tokens = parse_tokens(training_tokens) if training_tokens is not None else None
+    except BadInput as error:
+        raise BadInput(f"--training-tokens: {error}") from None
+    reports = [load_report(source) for source in sources]
+    told = {report.low_bits.training_tokens for report in reports if report.low_bits is not None} - {None}
+    if tokens is None and len(told) > 1:
+        raise BadInput("these measurements name different numbers of training tokens; say which with --training-tokens")
+    try:
+        report = merge(reports)
     except ValueError as error:
         raise BadInput(f"these measurements do not go into one chart: {error}") from None
-    out.mkdir(parents=True, exist_ok=True)
-    return write_report(with_lineage(report), out)
+    _make_directory(out)
+    return write_report(with_low_bits(with_lineage(report), tokens or next(iter(told), None)), out)
 
 
 def with_lineage(report: Report) -> Report:

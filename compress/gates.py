@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
+from compress.amounts import parse_bytes
 from compress.errors import BadInput
 from compress.eval.junit import Case
 from compress.eval.metrics import Metrics
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 class Checked(NamedTuple):
@@ -97,11 +95,3 @@ def missed(checked: list[Checked]) -> str:
 def gate_cases(checked: list[Checked]) -> list[Case]:
     """For CI: one test case a gate."""
     return [Case("gates", each.option.removeprefix("--"), each.told, failed=not each.held) for each in checked]
-
-
-def parse_bytes(text: str) -> int:
-    """``2.5GB``, ``800MiB`` or a plain number as bytes. Raises :class:`BadInput`."""
-    match = re.fullmatch(r"\s*([0-9]{0,18}\.?[0-9]{1,18})\s*([kmgt]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in _UNITS:
-        raise BadInput(f"--max-bytes: {text!r} is no size; write 2.5GB, 800MB, 1GiB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2]])

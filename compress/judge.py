@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,7 @@ class Judge:
             data=f"{source}, {len(self.windows.tokens)} windows", context_length=length, dtype=str(dtype).removeprefix("torch."),
             device=device, seed=evaluation.seed, limit=evaluation.limit, n_shot=evaluation.n_shot, versions=versions(),
         )  # fmt: skip
-        settings = evaluation.model_dump(mode="json", exclude={"log_samples", "references"}) | {
+        settings = evaluation.model_dump(mode="json", exclude={"log_samples", "references", "training_tokens"}) | {
             "dtype": str(dtype),
             "device": device,
             "windows": self.windows.digest,
@@ -119,7 +120,7 @@ class Judge:
         update: dict[str, Any] = {
             "label": label, "model": name or artifact.name, "layers": tuple(layer_rows(artifact)),
             "flips": {task: own for task, (own, _) in compared.items() if own is not None},
-            "differences": {task: own for task, (_, own) in compared.items()},
+            "differences": {task: own for task, (_, own) in compared.items() if own is not None},
         }  # fmt: skip
         if manifest is not None:
             update |= {
@@ -220,9 +221,10 @@ class Judge:
 
 def compare_answers(
     base: dict[str, list[Document]], own: dict[str, list[Document]], seed: int
-) -> dict[str, tuple[Flips | None, Difference]]:
-    """Flips and the difference of the score, for each task whose documents both models answered."""
-    found = {}
+) -> dict[str, tuple[Flips | None, Difference | None]]:
+    """Flips and the difference of the score, for each task whose documents both models answered; no difference where an
+    outcome is infinite or not a number."""
+    found: dict[str, tuple[Flips | None, Difference | None]] = {}
     for task, answers in own.items():
         before = base.get(task, [])
         if [document.index for document in before] != [document.index for document in answers]:
@@ -230,7 +232,9 @@ def compare_answers(
             continue
         new, old = ([document.outcome for document in side] for side in (answers, before))
         weights = [document.weight for document in answers]
-        found[task] = (flips(before, answers), paired_difference(new, old, weights, seed=seed))
+        finite = all(map(math.isfinite, (*new, *old)))
+        difference = paired_difference(new, old, weights, seed=seed) if finite else None
+        found[task] = (flips(before, answers), difference)
     return found
 
 

@@ -13,15 +13,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_serializer, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 
 from compress import methods
+from compress.amounts import parse_tokens
 from compress.errors import BadInput, explain
 from compress.passes import Pass
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _tokens(value: Any) -> Any:
+    return parse_tokens(value) if isinstance(value, str) else value
 
 
 class Calibration(_Settings):
@@ -44,7 +58,7 @@ class Evaluation(_Settings):
     tasks: tuple[str, ...] = Field(default=(), description="names of lm-eval's tasks, groups and tags, or patterns")
     limit: int | None = Field(default=None, ge=1, description="questions per task")
     include: tuple[str, ...] = Field(default=(), description="directories or files of local YAML tasks")
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    batch_size: int | Literal["auto"] = Field(
         default=8, description="of the tasks; auto: the largest that fits into the accelerator's memory"
     )
     n_shot: int | None = Field(default=None, ge=0, description="examples in the prompt; default: what each task says")
@@ -57,10 +71,21 @@ class Evaluation(_Settings):
     references: tuple[str, ...] = Field(
         default=(), description="metrics.json of dense models of one family, for effective parameters and density"
     )
+    training_tokens: Annotated[int | None, BeforeValidator(_tokens)] = Field(
+        default=None, ge=1, description="that the base model was trained on, such as 15T; default: unknown"
+    )
     windows: int = Field(default=16, ge=1, description="held-out windows for perplexity and divergence")
     length: int | None = Field(default=None, ge=2, description="tokens per held-out window; default: as for calibration")
     data: str | None = Field(default=None, description="held-out text; default: the bundled held-out text")
     seed: int = 0
+
+    @field_validator("batch_size", mode="before")
+    @classmethod
+    def _batch_size(cls, value: Any) -> Any:
+        size = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if size != "auto" and not (type(size) is int and size >= 1):
+            raise ValueError(f"is a number of at least 1, or auto (got {value!r})")
+        return size
 
 
 class Recipe(_Settings):

@@ -6,23 +6,29 @@ base.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from compress.eval.chart import format_bytes
 from compress.eval.flips import Flips, count_flips
+from compress.eval.harness import TaskScore
 from compress.eval.junit import Case
 from compress.eval.metrics import Metrics
 from compress.eval.uncertainty import Difference, paired_difference
+
+Verdict = Literal["better", "worse", "does not differ", "not comparable"]
 
 
 class TaskComparison(BaseModel):
     """A task's primary metric of two models, and B minus A over the same documents.
 
     difference, flips: None where there are no outcomes to compare (flips: or they are not right or wrong); negative flips
-    are A's right answers that B has wrong. verdict: of B; "not comparable" without a difference.
+    are A's right answers that B has wrong. verdict: of B; a score that is no finite number is worse than one that is; "not
+    comparable" else without a difference.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -33,12 +39,12 @@ class TaskComparison(BaseModel):
     b: float
     difference: Difference | None = None
     flips: Flips | None = None
-    verdict: Literal["better", "worse", "does not differ", "not comparable"]
+    verdict: Verdict
 
     def words(self) -> str:
         """The verdict, with its interval."""
         if self.difference is None:
-            return "not comparable document by document"
+            return "not comparable document by document" if self.verdict == "not comparable" else self.verdict
         interval = f"[{self.difference.low:+.4g}, {self.difference.high:+.4g}]"
         return f"{self.verdict} ({self.difference.mean:+.4g} {interval})"
 
@@ -145,21 +151,25 @@ def _task(name: str, a: Metrics, b: Metrics, seed: int) -> TaskComparison:
     outcomes = a.outcomes.get(name, ()), b.outcomes.get(name, ())
     difference, flips = None, None
     weights = a.weights.get(name)
-    if outcomes[0] and len(outcomes[0]) == len(outcomes[1]) and weights == b.weights.get(name):
+    paired = outcomes[0] and len(outcomes[0]) == len(outcomes[1]) and weights == b.weights.get(name)
+    if paired and all(map(math.isfinite, chain(*outcomes))):
         difference = paired_difference(outcomes[1], outcomes[0], weights, seed=seed)
         flips = count_flips(*outcomes)
     return TaskComparison(
         metric=before.primary, higher_is_better=before.higher_is_better, a=before.value, b=after.value, difference=difference,
-        flips=flips, verdict=_verdict(difference, before.higher_is_better),
+        flips=flips, verdict=_verdict(difference, before, after),
     )  # fmt: skip
 
 
-def _verdict(difference: Difference | None, higher_is_better: bool):
+def _verdict(difference: Difference | None, before: TaskScore, after: TaskScore) -> Verdict:
+    finite = math.isfinite(before.value), math.isfinite(after.value)
+    if finite[0] != finite[1]:  # a model whose predictions are ruined
+        return "better" if finite[1] else "worse"
     if difference is None:
         return "not comparable"
     if not difference.differs:
         return "does not differ"
-    return "better" if (difference.mean > 0) == higher_is_better else "worse"
+    return "better" if (difference.mean > 0) == before.higher_is_better else "worse"
 
 
 def _costs(metrics: Metrics, same_base: bool) -> Costs:

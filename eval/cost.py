@@ -17,12 +17,13 @@ from typing import Any
 
 import psutil
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from compress.eval.roofline import Estimate
 
 LARGE_BATCH = 8
+MOST_BYTES = 2**63  # of a file; beyond it numbers overflow
 
 
 class Speed(BaseModel):
@@ -66,11 +67,11 @@ class Cost(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bytes_on_disk: int
-    weight_bytes: int
-    ideal_bytes: float | None = None
-    parameters: int | None = None
-    compressed_bits_per_weight: float | None = None
+    bytes_on_disk: int = Field(gt=0, lt=MOST_BYTES)
+    weight_bytes: int = Field(ge=0, lt=MOST_BYTES)
+    ideal_bytes: float | None = Field(default=None, ge=0)
+    parameters: int | None = Field(default=None, ge=0)
+    compressed_bits_per_weight: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     speed: Speed | None = None
     active_parameters: int | None = None
     non_embedding_parameters: int | None = None

@@ -84,12 +84,17 @@ class Density(BaseModel):
         return self.parameters(self.scored.loss(score))
 
 
+def check_sizes(parameters: Sequence[float]) -> None:
+    """Raise ValueError where models of these sizes are too few for a curve."""
+    if len(set(parameters)) < FEWEST_SIZES:
+        raise ValueError(f"a family's curve needs dense models of at least {FEWEST_SIZES} sizes, got {len(parameters)} models")
+
+
 def fit(task: str, members: Sequence[FamilyMember], score_tasks: Sequence[str] = ()) -> Density:
     """Fit the power law by least squares of logarithms. Raises ValueError for fewer than three sizes, or losses that do not
     fall with size."""
     ordered = tuple(sorted(members, key=lambda member: member.parameters))
-    if len({member.parameters for member in ordered}) < FEWEST_SIZES:
-        raise ValueError(f"a family's curve needs dense models of at least {FEWEST_SIZES} sizes, got {len(ordered)} models")
+    check_sizes([member.parameters for member in ordered])
     sizes = np.log([member.parameters for member in ordered])
     losses = np.log([member.loss for member in ordered])
     slope, offset = np.polyfit(sizes, losses, 1)

@@ -26,8 +26,9 @@ class Fidelity(BaseModel):
 
     kl_*: per-token KL(base || compressed) over the full vocabulary. kl_stderr: standard error of the mean, tokens taken
     as independent. top1_agreement: share (0..1) of tokens at which both models rank the same token first.
-    mean_delta_nll: mean of ln p_base(y) - ln p(y) for the token y that follows; positive is worse. perplexity,
-    base_perplexity: per token. bits_per_byte, base_bits_per_byte: where the bytes of the predicted tokens' text are known.
+    mean_delta_nll: mean of ln p_base(y) - ln p(y) for the token y that follows; positive is worse; delta_nll_stderr: its
+    standard error, likewise (None: measured before it was kept). perplexity, base_perplexity: per token. bits_per_byte,
+    base_bits_per_byte: where the bytes of the predicted tokens' text are known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -44,6 +45,7 @@ class Fidelity(BaseModel):
     n_tokens: int
     bits_per_byte: float | None = None
     base_bits_per_byte: float | None = None
+    delta_nll_stderr: float | None = None
 
 
 class Perplexity(BaseModel):
@@ -176,9 +178,13 @@ def _compare_tokens(base: Tensor, logprobs: Tensor, labels: Tensor) -> TokenDive
 def _summary(parts: list[TokenDivergence], n_bytes: int | None = None) -> Fidelity:
     kl, base_nll, nll, agrees = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     n_tokens = kl.numel()
+
+    def error(values: Tensor) -> float:
+        return values.std().item() / math.sqrt(n_tokens) if n_tokens > 1 else 0.0
+
     return Fidelity(
         kl_mean=kl.mean().item(),
-        kl_stderr=kl.std().item() / math.sqrt(n_tokens) if n_tokens > 1 else 0.0,
+        kl_stderr=error(kl),
         kl_median=kl.median().item(),
         kl_p99=float(np.quantile(kl.numpy(), 0.99)),
         kl_max=kl.max().item(),
@@ -189,6 +195,7 @@ def _summary(parts: list[TokenDivergence], n_bytes: int | None = None) -> Fideli
         n_tokens=n_tokens,
         bits_per_byte=None if n_bytes is None else nll.sum().item() / (n_bytes * math.log(2)),
         base_bits_per_byte=None if n_bytes is None else base_nll.sum().item() / (n_bytes * math.log(2)),
+        delta_nll_stderr=error(nll - base_nll),
     )
 
 

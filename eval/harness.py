@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from compress.eval.documents import Document, documents, is_mean, together
 from compress.eval.local_data import local_data
@@ -82,6 +82,12 @@ class TaskScore(BaseModel):
     higher_is_better: bool
     n_samples: int
 
+    @model_validator(mode="after")
+    def _has_its_primary(self) -> TaskScore:
+        if self.primary not in self.metrics:
+            raise ValueError(f"the primary metric {self.primary!r} is none of {', '.join(self.metrics) or 'no metrics'}")
+        return self
+
     @property
     def value(self) -> float:
         """The primary metric."""
@@ -134,9 +140,11 @@ def check_tasks(evaluation: EvaluationSettings) -> TaskManager:
 def check_data(evaluation: EvaluationSettings, manager: TaskManager) -> None:
     """Open the local data of every task, before any compute; nothing to do where tasks read their own.
 
-    Raises ValueError where a task's data are not in the directory.
+    Raises ValueError where there is no such directory, or a task's data are not in it.
     """
     if evaluation.task_data is not None:
+        if not Path(evaluation.task_data).is_dir():
+            raise ValueError(f"no such directory: {evaluation.task_data}")
         _load(evaluation, manager)
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress.eval.cost import Cost
 from compress.eval.density import Density
@@ -20,9 +21,11 @@ from compress.eval.fidelity import Fidelity
 from compress.eval.files import write_whole
 from compress.eval.flips import Flips
 from compress.eval.harness import TaskScore
+from compress.eval.low_bits import LowBits
 from compress.eval.uncertainty import Difference
 
 PACKAGES = ("compress-lm", "torch", "transformers", "lm-eval")
+UNPLACED = dict.fromkeys(("effective_parameters", "density", "bit_density"))
 SCHEMA_ID = "urn:compress-lm:metrics:1"
 """Names the schema of ``metrics.json``; its number rises where old readers would misread new files."""
 
@@ -113,18 +116,34 @@ class Report(BaseModel):
     """A base model and what compression made of it.
 
     points: in the order measured. command: what reproduces the report, as typed in a shell. density: the family of dense
-    models that the points' effective parameters were read off, where one was given. schema_id: see :mod:`compress.eval.schema`.
+    models that the points' effective parameters were read off, where one was given. low_bits: what the quantized points say
+    of bits per weight. schema_id: see :mod:`compress.eval.schema`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", populate_by_name=True)
 
     schema_id: str = Field(default=SCHEMA_ID, alias="$schema")
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     title: str
     base: Metrics
     points: tuple[Metrics, ...] = ()
     command: str | None = None
     density: Density | None = None
+    low_bits: LowBits | None = None
+
+    @field_validator("schema_id")
+    @classmethod
+    def _is_read(cls, schema_id: str) -> str:
+        if schema_id != SCHEMA_ID:
+            raise ValueError(f"written by another release, whose files are {schema_id!r}; this one reads {SCHEMA_ID!r}")
+        return schema_id
+
+    @model_validator(mode="after")
+    def _labels_are_unique(self) -> Report:
+        labels = Counter([self.base.label, *(point.label for point in self.points)])
+        if twice := [label for label, n in labels.items() if n > 1]:
+            raise ValueError(f"several models have the label {', '.join(map(repr, twice))}")
+        return self
 
     def add(self, point: Metrics) -> Report:
         """A copy with one more point, its recovery measured against the base. Raises ValueError on a label in use."""
@@ -133,13 +152,13 @@ class Report(BaseModel):
         return self.model_copy(update={"points": (*self.points, point.recovered(self.base))})
 
     def lines(self) -> list[str]:
-        """The measurements in words, a line a model."""
+        """The measurements in words, a line a model, then what they say of low bits."""
         found = []
         for metrics in (self.base, *self.points):
             scores = ", ".join(f"{name} {score.primary} {score.value:.4g}" for name, score in metrics.tasks.items())
             divergence = f", KL {metrics.fidelity.kl_mean:.4g}" if metrics.fidelity else ""
             found.append(f"{metrics.label}: {metrics.cost.bytes_on_disk:,} bytes, {scores}{divergence}")
-        return found
+        return found + (self.low_bits.words() if self.low_bits is not None else [])
 
     def front(self) -> list[Metrics]:
         """The models, base included, than which none is both smaller and better, smallest first."""
@@ -165,13 +184,16 @@ class Report(BaseModel):
 def recovery(tasks: Mapping[str, TaskScore], base: Mapping[str, TaskScore]) -> dict[str, float]:
     """Share of the base's primary metric kept, per task: compressed / base, or base / compressed where lower is better.
 
-    A task whose share is undefined (a score of zero below the line, or not a number) is left out.
+    A score that is not a number keeps nothing. A task whose share is undefined (the base's score is zero or not a number) is
+    left out.
     """
     shares: dict[str, float] = {}
     for name, score in tasks.items():
         if name not in base or score.primary not in base[name].metrics:
             continue
         ours, theirs = score.value, base[name].metrics[score.primary]
+        if math.isnan(ours) and not math.isnan(theirs):
+            ours = 0.0 if score.higher_is_better else math.inf
         kept, whole = (ours, theirs) if score.higher_is_better else (theirs, ours)
         share = kept / whole if whole else math.nan
         if not math.isnan(share):
@@ -199,11 +221,15 @@ def merge(reports: Sequence[Report], title: str | None = None) -> Report:
 
     The same point measured twice is kept once; different points of one label are numbered. Raises ValueError if there
     is no report, or if they differ in base model or in protocol (versions aside), as their numbers then do not compare.
+    Densities are kept where they are of one family; what the points say of low bits together is left to be found.
     """
     if not reports:
         raise ValueError("no report to merge")
     first = reports[0]
-    merged = first.model_copy(update={"title": title or first.title, "points": (), "command": None})
+    families = [report.density for report in reports if report.density is not None]
+    density = families[0] if families and all(one == families[0] for one in families) else None
+    fresh = {"title": title or first.title, "points": (), "command": None, "density": density, "low_bits": None}
+    merged = first.model_copy(update=fresh)
     known: dict[tuple[str, str], str] = {}
     for report in reports:
         _assert_comparable(first, report)
@@ -218,7 +244,8 @@ def merge(reports: Sequence[Report], title: str | None = None) -> Report:
             label, parent = renamed[point.label], point.parent
             known[point.label, point.digest] = label
             parent = renamed.get(parent, parent) if parent is not None else None
-            merged = merged.add(point.model_copy(update={"label": label, "parent": parent}))
+            own = {} if density is not None else UNPLACED
+            merged = merged.add(point.model_copy(update={"label": label, "parent": parent, **own}))
     return merged
 
 

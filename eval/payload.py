@@ -9,12 +9,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.eval import table
 from compress.eval.chart import short_labels
+from compress.eval.low_bits import FITTED, RUINED, WORTH, BitLaw
 from compress.eval.metrics import Metrics, Report
 from compress.eval.taxonomy import style_of
 
 FLIPS_BUDGET = 900_000
 """Characters that all examples may take; beyond it fewer are shown of each kind, the same number of every point."""
+CORNERS = 40  # between the ends of a law's curve
 UNSAFE = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -51,6 +54,7 @@ def page_payload(report: Report) -> dict[str, Any]:
         "x": measured[0],
         "y": measured[1],
         "layers": {number: layer_grid(metrics.layers) for number, metrics in enumerate(models) if metrics.layers},
+        "bits": low_bits(report, models, points) if report.low_bits is not None else None,
         **flip_examples(models),
     }
 
@@ -144,6 +148,36 @@ def _y_axes(report: Report) -> list[Axis]:
         _axis("KL to the base, nats per token", "number", fidelity("kl_mean", "kl_stderr"), better="lower", log=True),
         _axis("top-1 agreement with the base", "share", fidelity("top1_agreement"), better="higher"),
     ]
+
+
+def low_bits(report: Report, models: Sequence[Metrics], points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """worth: the loss that low bits may cost. runs: those that were quantized. curves: corners of their recipes' laws and of
+    the published one, each over the bits that it was fitted on. rows: what the table says of each run."""
+    found = report.low_bits
+    assert found is not None
+    places = {metrics.label: number for number, metrics in enumerate(models)}
+    told = table.kept(table.low_bits, models, report)
+    curves: list[dict[str, Any]] = []
+    for curve in found.curves:
+        leaf = points[places[curve.labels[0]]]["leaf"]
+        curves.append({"name": curve.recipe, "leaf": leaf, "corners": _corners(curve, *found.widths(curve))})
+    if found.published is not None:
+        curves.append({"name": "published law", "leaf": None, "corners": _corners(found.published, *FITTED["bits"])})
+    return {
+        "worth": WORTH,
+        "runs": [{"number": places[run.label]} | run.model_dump(include={"bits", "loss", "error"}) for run in found.runs],
+        "curves": [curve for curve in curves if curve["corners"]],
+        "rows": {
+            number: [(head, cell.text) for (head, _), cell in zip(told.columns, told.rows[number], strict=True)]
+            for number in (places[run.label] for run in found.runs)
+        },
+    }
+
+
+def _corners(law: BitLaw, low: float, high: float) -> list[tuple[float, float]]:
+    """Of a law's curve, where it says something; bits apart by equal ratios."""
+    bits = [low * (high / low) ** (step / CORNERS) for step in range(CORNERS + 1)]
+    return [(each, law.loss(each)) for each in bits if law.loss(each) <= RUINED]
 
 
 def layer_grid(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

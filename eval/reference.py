@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from compress.eval.density import Density, FamilyMember, fit
+from compress.eval.density import Density, FamilyMember, check_sizes, fit
 from compress.eval.metrics import Metrics, Report
 
 LOSS = "bits_per_byte"
@@ -21,6 +21,18 @@ def read_references(sources: Iterable[str | Path]) -> list[Metrics]:
     return [Report.load(file).base for file in files]
 
 
+def check_references(references: Sequence[Metrics], limit: int | None, n_shot: int | None) -> None:
+    """Find before any compute what :func:`with_density` would refuse. limit, n_shot: of the measurements to come.
+
+    Raises ValueError where the references do not know their sizes, are too few, or were measured otherwise.
+    """
+    if nameless := [metrics.label for metrics in references if not metrics.cost.non_embedding_parameters]:
+        raise ValueError(f"the sizes of these reference models are not known, measure them again: {', '.join(nameless)}")
+    check_sizes([metrics.cost.non_embedding_parameters or 0 for metrics in references])
+    if any((metrics.protocol.limit, metrics.protocol.n_shot) != (limit, n_shot) for metrics in references):
+        raise ValueError("the reference models were measured with another number of documents or of examples in the prompt")
+
+
 def with_density(report: Report, references: Sequence[Metrics]) -> Report:
     """The report with the family's curve, and every model's place on it. Raises ValueError where the references and the base
     share no task with bits per byte, do not know their sizes, or are no family."""
@@ -30,11 +42,7 @@ def with_density(report: Report, references: Sequence[Metrics]) -> Report:
     task = next((name for name in shared if all(name in metrics.tasks for metrics in everyone)), None)
     if task is None:
         raise ValueError(f"the reference models have no task with {LOSS} in common with {report.base.label}")
-    if nameless := [metrics.label for metrics in references if not metrics.cost.non_embedding_parameters]:
-        raise ValueError(f"the sizes of these reference models are not known, measure them again: {', '.join(nameless)}")
-    protocols = {(metrics.protocol.limit, metrics.protocol.n_shot) for metrics in everyone}
-    if len(protocols) > 1:
-        raise ValueError("the reference models were measured with another number of documents or of examples in the prompt")
+    check_references(references, report.base.protocol.limit, report.base.protocol.n_shot)
     scored = tuple(
         name for name, score in report.base.tasks.items()
         if score.higher_is_better and all(name in metrics.tasks for metrics in everyone)

@@ -24,7 +24,7 @@ from compress.eval.taxonomy import BASE, CORES, OTHER, SHAPES, STYLES, Style, st
 from compress.eval.tree import method_tree
 
 PAGE = Path(__file__).with_name("page")
-SCRIPTS = ("page.js", "axes.js", "chart.js", "layers.js", "flips.js", "table.js")
+SCRIPTS = ("page.js", "axes.js", "chart.js", "layers.js", "flips.js", "bits.js", "table.js")
 MOST_LAYERS = 1500
 """Rows of the table of layers; above it, only the heat map has them."""
 
@@ -92,6 +92,9 @@ def _page(report: Report, png: bytes) -> str:
         estimates=table.estimates(models),
         density=report.density,
         dense=table.kept(table.density, models, report) if report.density else None,
+        low_bits=report.low_bits,
+        bit_table=table.kept(table.low_bits, models, report) if report.low_bits else None,
+        bit_rows=_quantized(models, report),
         layers=table.layers(layers[0]) if len(layers) == 1 and len(layers[0]) <= MOST_LAYERS else None,
         has_layers=bool(layers),
         has_flips=any(metrics.flips for metrics in models),
@@ -150,6 +153,12 @@ def _rows(report: Report) -> list[Row]:
         passes = () if told else metrics.passes
         rows.append(Row(number, metrics.label, passes, leaf, style, metrics.label in front, metrics.command))
     return rows
+
+
+def _quantized(models: Sequence[Metrics], report: Report) -> list[int]:
+    """Rows of the models that the laws of low bits are about."""
+    labels = {run.label for run in report.low_bits.runs} if report.low_bits is not None else set()
+    return [number for number, metrics in enumerate(models) if metrics.label in labels]
 
 
 def _result(metrics: Metrics, report: Report) -> str:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from compress.amounts import format_count
 from compress.eval.chart import format_bytes
+from compress.eval.low_bits import QuantizedRun
 from compress.eval.metrics import Metrics, Report
 from compress.eval.uncertainty import Difference
 
@@ -73,8 +75,8 @@ def cost(report: Report) -> Iterator[Column]:
     yield Column("On disk", "sizes of the weight files", _on_disk)
     hint = "bytes with zeros as a bitmap and codes packed without padding"
     yield Column("Ideal", hint, _number(lambda one: one.cost.ideal_bytes, format_bytes))
-    yield Column("Parameters", "of the dense model", _number(lambda one: one.cost.parameters, _count))
-    yield Column("Active", "parameters that one token meets", _number(lambda one: one.cost.active_parameters, _count))
+    yield Column("Parameters", "of the dense model", _number(lambda one: one.cost.parameters, format_count))
+    yield Column("Active", "parameters that one token meets", _number(lambda one: one.cost.active_parameters, format_count))
     yield Column("Load", "seconds to open the model", _number(lambda one: one.cost.load_seconds, "{:.2f} s".format))
     hint = "parameters and buffers as they lie in memory"
     yield Column("Weights in memory", hint, _number(_speed("resident_weight_bytes"), format_bytes))
@@ -91,10 +93,34 @@ def cost(report: Report) -> Iterator[Column]:
 
 def density(report: Report) -> Iterator[Column]:
     hint = "of the dense member of the family that would do as well"
-    yield Column("Effective parameters", hint, _number(lambda one: one.effective_parameters, _count))
+    yield Column("Effective parameters", hint, _number(lambda one: one.effective_parameters, format_count))
     yield Column("Density", "effective / own parameters", _number(lambda one: one.density, "{:.3f}".format))
     hint = "effective parameters at 16 bits / own bits"
     yield Column("Bit density", hint, _number(lambda one: one.bit_density, "{:.3f}".format))
+
+
+def low_bits(report: Report) -> Iterator[Column]:
+    found = report.low_bits
+    assert found is not None
+    runs = {run.label: run for run in found.runs}
+
+    def column(head: str, hint: str, read: Callable[[QuantizedRun], float | None]) -> Column:
+        def cell(metrics: Metrics, report: Report) -> Cell:
+            value = read(runs[metrics.label]) if metrics.label in runs else None
+            return Cell(MISSING) if value is None else Cell(f"{value:.3g}", value)
+
+        return Column(head, hint, cell)
+
+    def of_curve(run: QuantizedRun) -> float | None:
+        curve = found.curve_of(run)
+        return curve.loss(run.bits) if curve is not None else None
+
+    yield column("Bits/weight", "over the compressed layers, scales and indices included", lambda run: run.bits)
+    yield column("Loss", "above the base model's, nats per token", lambda run: run.loss)
+    yield column("± error", "standard error of that loss, tokens taken as independent", lambda run: run.error)
+    yield column("Law of its recipe", "at the same bits", of_curve)
+    if (law := found.published) is not None:
+        yield column("Published law", "at the same bits, for the base model's size and training", lambda run: law.loss(run.bits))
 
 
 def estimates(models: Sequence[Metrics]) -> Table | None:
@@ -242,10 +268,3 @@ def _plain(value: float, error: float | None) -> str:
 
 def _rate(per_second: float) -> str:
     return f"{per_second:,.1f}/s" if per_second < 1000 else f"{per_second:,.0f}/s"
-
-
-def _count(number: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"

@@ -42,12 +42,14 @@ def paired_difference(
 
     new, old: one number a document, in the same order. weights: of the documents in the metric (None: equal ones). The
     documents are drawn 2,000 times with replacement; equal seeds give equal intervals. Raises ValueError where the
-    lengths differ or there is nothing to compare.
+    lengths differ, there is nothing to compare, or an outcome is infinite or not a number.
     """
     weight = np.ones(len(new)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not len(new) == len(old) == len(weight) or not len(new):
         raise ValueError(f"{len(new)}, {len(old)} and {len(weight)} numbers cannot be compared one by one")
     gaps = np.asarray(new, dtype=np.float64) - np.asarray(old, dtype=np.float64)
+    if not np.isfinite(gaps).all():
+        raise ValueError("outcomes that are no finite numbers cannot be compared")
     draws = np.random.default_rng(seed)
     rows = max(1, _CELLS // len(gaps))
     means: list[np.ndarray] = []

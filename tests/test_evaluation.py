@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from compress import Calibration, Evaluation, Recipe
+from compress.amounts import parse_tokens
 from compress.card import write_card
 from compress.errors import GateMissed
 from compress.eval.baselines import baseline_directory
@@ -225,3 +227,79 @@ def test_the_tour_charts_chains_with_their_lineage(tmp_path: Path) -> None:
     assert found["base"]["tasks"]["demo_facts"]["metrics"]["acc"] > 0.9
     assert points[1]["parent"] == points[0]["label"]
     assert points[1]["cost"]["bytes_on_disk"] < points[0]["cost"]["bytes_on_disk"]
+
+
+def test_bad_requests_are_refused_before_compute(
+    cli, llama: Path, mild: Path, harsh: Result, tmp_path: Path, make_checkpoint
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    other = make_checkpoint("llama", vocab_size=400)
+    for words, said in (
+        (("eval", mild, "--out", file), "cannot be a directory"),
+        (("eval", mild, "--out", file / "inner"), "cannot be a directory"),
+        (("chart", harsh.path, "--out", file), "cannot be a directory"),
+        (("eval", mild, "--log-samples"), "say where, with --out"),
+        (("eval", mild, "--tasks", " , "), "names no task"),
+        (("eval", mild, "--data", tmp_path / "none"), "--data: no such directory"),
+        (("eval", mild, "--batch-size", "0"), "batch_size: is a number of at least 1, or auto"),
+        (("eval", mild, "--reference", harsh.path, "--limit", "3"), "at least 3 sizes, got 1"),
+        (("eval", mild, *(3 * ("--reference", harsh.path))), "at least 3 sizes, got 3"),
+        (("eval", mild, "--base", other), "vocabularies of"),
+        (("eval", mild, "--training-tokens", "many"), "'many' is no number of tokens; write 15T"),
+        (("chart", harsh.path, "--training-tokens", "0"), "--training-tokens: '0' is no number of tokens"),
+    ):
+        refused = cli(*words)
+        assert refused.code == 2 and said in refused.err, refused
+        assert "Traceback" not in refused.err and not refused.out
+
+
+@pytest.mark.slow
+def test_a_mistyped_bundled_task_is_known_again(cli, mild: Path) -> None:
+    """Slow, as all of lm-eval's tasks are looked through first."""
+    refused = cli("eval", mild, "--tasks", "demo_fact")
+    assert refused.code == 2 and "did you mean demo_facts" in refused.err
+
+
+def test_names_do_not_steer_the_terminal(cli, harsh: Result, tmp_path: Path) -> None:
+    content = json.loads((harsh.path / "metrics.json").read_text())
+    content["points"][0]["label"] = "red \x1b[31m \ud83d\ude00 \x07"
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    shown = cli("compare", tmp_path, harsh.path)
+    assert shown.code == 0 and "A: red \ufffd[31m \U0001f600 \ufffd\n" in shown.out
+    refused = cli("compare", f"{tmp_path}#\x1b[31m", harsh.path)
+    assert refused.code == 2 and "\x1b" not in refused.err
+
+
+def test_a_base_that_is_gone_or_changed_is_told(mild: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    once = Evaluation(tasks=("demo_facts",), limit=1, windows=1, length=32)
+    for name, change, said in (
+        ("gone", {"base": str(tmp_path / "none")}, "nothing to compare with"),
+        ("changed", {"base_digest": "other"}, "has changed since"),
+    ):
+        artifact = tmp_path / name
+        shutil.copytree(mild, artifact)
+        manifest = json.loads((artifact / "compress_manifest.json").read_text()) | change
+        (artifact / "compress_manifest.json").write_text(json.dumps(manifest))
+        caplog.clear()
+        report = evaluate_artifact(str(artifact), None, once, "cpu", "auto", None, silent)
+        assert said in caplog.text
+        assert len(report.points) == (name == "changed")
+
+
+def test_training_tokens_are_remembered_and_must_agree(cli, harsh: Result, measured: tuple[Path, Report], tmp_path: Path) -> None:
+    assert parse_tokens("15T") == parse_tokens("1.5e13") == parse_tokens("15_000 b") == 15 * 10**12
+    assert Evaluation(training_tokens="300B").training_tokens == 300 * 10**9
+    assert cli("chart", harsh.path, measured[0], "-o", tmp_path / "one", "--training-tokens", "2T").code == 0
+    assert cli("chart", harsh.path, "-o", tmp_path / "two", "--training-tokens", "3T").code == 0
+    first = Report.load(tmp_path / "one" / "metrics.json").low_bits
+    assert first is not None and first.training_tokens == 2 * 10**12 and first.published is not None
+    assert {run.recipe for run in first.runs} == {"rtn"} and "it takes 3 widths" in first.without["rtn"]
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert 'id="low-bits"' in page and "2T tokens" in page and 'id="low-bits"' not in harsh.report_path.read_text()
+    assert cli("chart", tmp_path / "one", harsh.path, "-o", tmp_path / "again").code == 0
+    assert Report.load(tmp_path / "again" / "metrics.json").low_bits == first
+    disagreeing = cli("chart", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "both")
+    assert disagreeing.code == 2 and "different numbers of training tokens" in disagreeing.err
+    settled = cli("chart", tmp_path / "one", tmp_path / "two", "-o", tmp_path / "both", "--training-tokens", "2e12")
+    assert settled.code == 0, settled.err

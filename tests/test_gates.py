@@ -6,11 +6,12 @@ import math
 
 import pytest
 
+from compress.amounts import parse_bytes
 from compress.errors import BadInput
 from compress.eval.fidelity import Fidelity
 from compress.eval.flips import Flips
 from compress.eval.metrics import Metrics
-from compress.gates import Gates, gate_cases, missed, parse_bytes
+from compress.gates import Gates, gate_cases, missed
 
 
 def metrics(recovery: float | None, kl: float | None, flips: tuple[int, int] | None = None) -> Metrics:

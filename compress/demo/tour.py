@@ -8,6 +8,7 @@ import torch
 
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
+from compress.eval.bit_runs import with_low_bits
 from compress.eval.metrics import Report
 from compress.eval.report import write_report
 from compress.evaluation import Judge, point_label, resolve_evaluation, with_lineage
@@ -60,7 +61,7 @@ def tour(out: Path, progress: Progress, recipes: tuple[tuple[str, ...], ...] = R
         judge.progress = tell
         report = report.add(judge.metrics(artifact, label))
     progress(len(recipes), len(recipes), "drawing")
-    return write_report(with_lineage(report), out)
+    return write_report(with_low_bits(with_lineage(report)), out)
 
 
 def _directory(number: int, passes: tuple[str, ...]) -> str:

@@ -53,12 +53,13 @@ function drawChart() {
     line([point.px, a], [point.px, b]);
   }
   if (parts.has("labels")) drawLabels(picture, area, points, best, lines);
-  drawPoints(picture, points);
+  drawPoints(picture, points, marks, facts);
   plot.replaceChildren(picture);
-  choose(selection.point);
+  choose(marks, selection.point);
 }
 
-function drawAxes(picture, area, x, y, atX, atY, sign) {
+// Lines and numbers of two scales, and the names of what they measure.
+function gridOf(area, x, y, atX, atY, name) {
   const grid = svg("g", { "aria-hidden": "true" });
   for (const tick of ticks(atX, area.right < 600 ? 4 : 8)) {
     grid.append(svg("line", { class: "grid", x1: atX(tick), x2: atX(tick), y1: area.top, y2: area.bottom }),
@@ -68,6 +69,13 @@ function drawAxes(picture, area, x, y, atX, atY, sign) {
     grid.append(svg("line", { class: "grid", x1: area.left, x2: area.right, y1: atY(tick), y2: atY(tick) }),
       svg("text", { x: area.left - 9, y: atY(tick) + 4, "text-anchor": "end" }, units[y.unit](tick)));
   }
+  grid.append(svg("text", { class: "axis-name", x: 0, y: 12 }, name),
+    svg("text", { class: "axis-name", x: area.right, y: area.bottom + 40, "text-anchor": "end" }, x.name + (atX.log ? ", log scale" : "")));
+  return grid;
+}
+
+function drawAxes(picture, area, x, y, atX, atY, sign) {
+  const grid = gridOf(area, x, y, atX, atY, y.name + (sign > 0 ? "" : " (lower is better: axis turned round)"));
   const whole = numberAt(data.points[0], "y", y);
   if (whole !== null && whole >= atY.low && whole <= atY.high && (whole > 0 || !atY.log))
     grid.append(svg("line", { class: "hundred", x1: area.left, x2: area.right, y1: atY(whole), y2: atY(whole) }));
@@ -77,9 +85,6 @@ function drawAxes(picture, area, x, y, atX, atY, sign) {
     if (value > atX.low && value < atX.high && (atX.log || ratio <= 4))
       grid.append(svg("text", { x: atX(value), y: area.top - 8, "text-anchor": "middle" }, `${ratio}×`));
   }
-  grid.append(
-    svg("text", { class: "axis-name", x: 0, y: 12 }, y.name + (sign > 0 ? "" : " (lower is better: axis turned round)")),
-    svg("text", { class: "axis-name", x: area.right, y: area.bottom + 40, "text-anchor": "end" }, x.name + (atX.log ? ", log scale" : "")));
   picture.append(grid);
 }
 
@@ -115,32 +120,44 @@ function drawLabels(picture, area, points, best, lines) {
   });
 }
 
-function drawPoints(picture, points) {
+// points: {number, model, px, py}. known: a map to find their marks in by number. rows: a model's facts, as [name, value].
+function drawPoints(picture, points, known, rows) {
   const order = [...points].sort((a, b) => a.px - b.px || a.py - b.py);
   const nodes = order.map(point => {
     const { model, number } = point;
     const node = svg("g", { class: `point leaf-${model.leaf}`, transform: `translate(${point.px} ${point.py})`, role: "button",
       "aria-pressed": "false", "data-point": number,
-      "aria-label": [model.label, ...facts(model).map(([name, value]) => `${name} ${value}`)].join(", ") },
+      "aria-label": [model.label, ...rows(model).map(([name, value]) => `${name} ${value}`)].join(", ") },
     svg("circle", { class: "hit", r: 13 }), svg("circle", { class: "halo", r: 12 }));
     if (model.chain) node.append(svg("circle", { class: "ring", r: 9 }));
     node.append(mark(model.leaf));
     node.addEventListener("click", () => select(selection.point === number ? null : number));
-    explain(node, model.label, () => facts(model));
-    marks.set(number, node);
+    explain(node, model.label, () => rows(model));
+    known.set(number, node);
     return node;
   });
   rove(nodes, { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }, place => select(order[place].number));
   picture.append(...nodes);
 }
 
-function choose(number) {
-  for (const [point, node] of marks) {
+function choose(known, number) {
+  for (const [point, node] of known) {
     node.classList.toggle("chosen", point === number);
     node.setAttribute("aria-pressed", String(point === number));
   }
 }
-selection.listeners.push(choose);
+selection.listeners.push(number => choose(marks, number));
+
+// Draw now, and again whenever the place for it is of another width; on paper it stays as it is.
+function keepDrawn(node, draw) {
+  let known = node.clientWidth;
+  new ResizeObserver(() => {
+    if (node.clientWidth === known || matchMedia("print").matches) return;
+    known = node.clientWidth;
+    draw();
+  }).observe(node);
+  draw();
+}
 
 function axesChanged(event) {
   if (event.target === axisX) logX.checked = data.x[axisX.value].log;
@@ -158,11 +175,4 @@ for (const button of findAll("#legend button")) button.addEventListener("click",
 const telling = data.y.findIndex(axis => new Set(data.points.map(point => numberAt(point, "y", axis))).size > 2);
 if (data.y.length) { axisY.value = Math.max(0, telling); logY.checked = data.y[axisY.value].log; }
 logX.checked = data.x[0]?.log ?? false;
-let known = 0;
-new ResizeObserver(() => {
-  if (plot.clientWidth === known || matchMedia("print").matches) return;
-  known = plot.clientWidth;
-  drawChart();
-}).observe(plot);
-known = plot.clientWidth;
-drawChart();
+keepDrawn(plot, drawChart);

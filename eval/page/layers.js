@@ -15,6 +15,7 @@ function drawHeat(number) {
   const before = fieldChoice.value;
   fieldChoice.replaceChildren(...numeric.map(key => html("option", { value: key }, title(key))));
   if (numeric.includes(before)) fieldChoice.value = before;
+  if (!numeric.length) { heat.replaceChildren(); find("#heat-note").textContent = "No layer of this model has a number."; return; }
   const key = fieldChoice.value, values = [...Array(n).keys()].map(cell => cellOf(grid, key, cell));
   const numbers = values.filter(value => typeof value === "number"), low = Math.min(...numbers), high = Math.max(...numbers);
   const log = /error/.test(key) && low > 0 && high / low > 8, read = log ? Math.log : value => value;

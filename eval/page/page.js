@@ -24,6 +24,7 @@ const units = {
   ms: value => `${figures(value)} ms`,
   bits: value => `${figures(value)} bits`,
   number: value => figures(value, 4),
+  nats: value => figures(value, 2),
 };
 
 // The selected model: every part that shows it registers here.

@@ -204,7 +204,7 @@ def _make_metrics(label: str, size: int, accuracy: float, *, bits_per_byte: floa
         label=label,
         model=f"runs/{label}",
         digest=f"digest of {label}",
-        cost=Cost(bytes_on_disk=size, weight_bytes=size - 100),
+        cost=Cost(bytes_on_disk=size, weight_bytes=max(size - 100, 0)),
         tasks={"choice": choice, "text": text},
         **more,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from compress.eval.compare import compare_models, task_cases
@@ -52,6 +54,17 @@ def test_other_documents_are_not_compared_one_by_one(make_metrics):
     found = compare_models(a, shorter)
     assert {task.verdict for task in found.tasks.values()} == {"not comparable"} and found.worse == []
     assert "not comparable document by document" in "\n".join(found.lines())
+
+
+@pytest.mark.parametrize("ruined", [math.nan, math.inf])
+def test_a_ruined_model_is_worse_and_never_one_that_does_not_differ(make_metrics, ruined):
+    a, broken = measured(make_metrics, "a", {0}), measured(make_metrics, "b", {0}, bits=ruined)
+    found = compare_models(a, broken)
+    assert found.tasks["text"].verdict == "worse" and found.worse == ["text"]
+    assert found.tasks["text"].difference is None and "worse" in "\n".join(found.lines())
+    assert found.tasks["choice"].verdict == "does not differ"
+    assert compare_models(broken, a).tasks["text"].verdict == "better"
+    assert compare_models(broken, broken).tasks["text"].verdict == "not comparable"
 
 
 def test_what_does_not_compare_at_all(make_metrics):

@@ -9,11 +9,13 @@ from typing import Literal
 
 import pytest
 
+from compress.eval.bit_runs import with_low_bits
 from compress.eval.flips import FlipExample, Flips
 from compress.eval.report import write_report
 from compress.eval.uncertainty import Difference
 from compress.passes import Taxon
 from tests.eval.browser import Browser, executable
+from tests.eval.test_low_bits import swept
 
 pytestmark = [
     pytest.mark.skipif(executable() is None, reason="no Chromium on the path"),
@@ -186,6 +188,36 @@ def contrast(one: list[int], other: list[int]) -> float:
 
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def test_the_laws_of_low_bits_are_drawn_and_walked(browser, tmp_path):
+    low = with_low_bits(swept("rtn", "gptq"), 10**12)
+    browser.look()
+    browser.open(write_report(low, tmp_path))
+    assert browser.run("findAll('#bits-plot .point').length") == len(low.points) == 8
+    assert (
+        browser.run("findAll('#bits-plot .curve-line').length") == 2
+        and browser.run("findAll('#bits-plot .law-line').length") == 1
+    )
+    assert "NaN" not in browser.run("bitPlot.innerHTML")
+    assert browser.run("findAll('#low-bits tbody tr').length") == 8
+    assert browser.run("findAll('.findings li').map(item => item.textContent)") == low.low_bits.words()
+    browser.run("find('#bits-plot .point[tabindex=\"0\"]').focus()")
+    browser.press("ArrowLeft", 37)  # from the first there is nothing before
+    browser.press("ArrowRight", 39)
+    browser.press("Enter", 13)
+    chosen = browser.run("findAll('.point.chosen').map(point => point.dataset.point)")
+    assert len(chosen) == 2 and len(set(chosen)) == 1  # in both charts
+    assert "Law of its recipe" in browser.run("tip.textContent")
+    assert browser.run("find('#low-bits tr.chosen').dataset.point") == chosen[0]
+    browser.look(width=360, height=700)
+    browser.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    assert browser.complaints() == []
+
+
+def test_a_page_without_laws_has_no_place_for_them(page):
+    assert page.run("find('#low-bits')") is None and page.run("data.bits") is None
 
 
 @pytest.mark.slow

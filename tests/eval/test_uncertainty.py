@@ -43,6 +43,12 @@ def test_few_documents_prove_nothing_and_the_exact_test_has_its_say() -> None:
     assert lopsided.low > 0 and not lopsided.differs
 
 
+@pytest.mark.parametrize("outcome", [np.nan, np.inf])
+def test_what_is_no_number_has_no_interval(outcome: float) -> None:
+    with pytest.raises(ValueError, match="no finite numbers"):
+        paired_difference([1.0, outcome], [1.0, 0.0])
+
+
 def test_calibration_by_hand() -> None:
     assert calibration_error([1.0, 1.0], [True, True]) == 0
     assert calibration_error([1.0] * 4, [True, False, False, True]) == 0.5  # 1 - accuracy
