@@ -41,6 +41,7 @@ class BiLLM(LinearPass):
     block_size: int = Field(128, ge=8, description="consecutive columns that share scales")
     salient: int = Field(50, ge=1, description="most salient columns of a block")
     means: bool = Field(True, description="count weights from the mean of their kind, as published; false: from zero")
+    within: bool = Field(False, description="carry errors on inside a block too, to the nearest of the levels found for it")
     damping: float = Field(0.01, gt=0, le=10, description="added to the Hessian's diagonal, as a share of its mean")
     true_sequential: bool = Field(False, description="measure again after q/k/v, o and gate/up: slower, a little better")
 
@@ -52,7 +53,7 @@ class BiLLM(LinearPass):
         refuse_mask(mask, NO_ZEROS)
         plan = stats.cached(("billm", self.damping), lambda: make_plan(stats.hessian, self.damping, False))
         work = weight.float().masked_fill(plan.dead, 0).T.contiguous()
-        sweep = BinarySweep(work, plan, self.block_size, self.salient, self.means, weight.dtype)
+        sweep = BinarySweep(work, plan, self.block_size, self.salient, self.means, self.within, weight.dtype)
         sweep.run(0, len(work))
         return sweep.weight()
 
@@ -68,13 +69,16 @@ class BiLLM(LinearPass):
 class BinarySweep(InputSweep):
     """A sweep that binarises a block of inputs when its turn comes, and then replaces their weights by what was found.
 
-    n_salient: most salient columns of a block. centred: whether weights have means. dtype: of scales and means.
+    n_salient: most salient columns of a block. centred: whether weights have means. within: whether the inputs of a block make up
+    for each other, by other codes. dtype: of scales and means.
     """
 
-    def __init__(self, work: Tensor, plan: Plan, block_size: int, n_salient: int, centred: bool, dtype: torch.dtype):
+    def __init__(
+        self, work: Tensor, plan: Plan, block_size: int, n_salient: int, centred: bool, within: bool, dtype: torch.dtype
+    ):
         super().__init__(work, plan, torch.empty_like(work), [(block_size, BinarySweep._binarise)])
         assert plan.diagonal is not None
-        self.diagonal, self.n_salient, self.centred, self.dtype = plan.diagonal, n_salient, centred, dtype
+        self.diagonal, self.n_salient, self.centred, self.within, self.dtype = plan.diagonal, n_salient, centred, within, dtype
         self.block_size, self.blocks = block_size, list[Binary]()
 
     def _binarise(self, start: int, stop: int) -> None:
@@ -85,6 +89,12 @@ class BinarySweep(InputSweep):
         self.results[start:stop] = block.dense(self.work.dtype).T
 
     def replace(self, index: int, weights: Tensor, result: Tensor) -> Tensor:
+        if self.within:
+            block, column = self.blocks[-1], index % self.block_size
+            options = block.levels(weights.dtype)[:, 0].unflatten(1, (2, 4))[:, int(block.salient[column])]
+            codes = (options - weights.unsqueeze(1)).abs().argmin(1, keepdim=True)
+            block.codes[:, column] = codes.squeeze(1).to(torch.int8)
+            self.results[index] = options.gather(1, codes).squeeze(1)
         return result.copy_(self.results[index])
 
     def weight(self) -> Binary:
