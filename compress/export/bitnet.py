@@ -1,8 +1,8 @@
 """The format of transformers' own ``bitnet`` quantizer: ternary matrices, four weights to a byte.
 
-Its layers round what enters them to 8 bits, token by token, whatever the model was trained with. Rows are packed a quarter of the
-matrix apart: byte i of a column holds rows i, i + out/4, i + out/2 and i + 3 out/4, lowest bits first. Of the reader's two classes
-this is for ``bitlinear``, which keeps weights packed in memory and unpacks them whenever they are used. (The other one,
+Its layers round what enters them to 8 bits, token by token, whatever the model was trained with. Rows are packed a quarter of
+the matrix apart: byte i of a column holds rows i, i + out/4, i + out/2 and i + 3 out/4, lowest bits first. Of the reader's two
+classes this is for ``bitlinear``, which keeps weights packed in memory and unpacks them whenever they are used. (The other one,
 ``autobitlinear``, multiplies biases by the scale too, and does not open in bfloat16.)
 """
 
@@ -33,8 +33,8 @@ _MAKE_ONE = "`compress run MODEL bitnet -o OUT` makes ternary models with one sc
 def export(source: Path, out: Path, *, overwrite: bool = False) -> Path:
     """Write the artifact ``source`` for transformers' ``bitnet`` quantizer into ``out``, block by block.
 
-    Some layers may be dense. Raises BadInput where ``out`` exists, and for matrices that are neither dense nor ternary with one scale
-    for all, whose outputs are no multiple of four, or that are no nn.Linear.
+    Some layers may be dense. Raises BadInput where ``out`` exists, and for matrices that are neither dense nor ternary with one
+    scale for all, whose outputs are no multiple of four, or that are no nn.Linear.
     """
     return packed_layers.write(source, out, "bitnet", _plan, overwrite)
 
@@ -64,11 +64,13 @@ def _plan(skeleton: Skeleton) -> Plan:
 
 
 def _check(name: str, weight: Quantized) -> None:
+    scales = (
+        "it has more than one scale, as training and per_row=true leave it; `--to gguf:tq2_0` holds one for every 256 weights"
+    )
     inputs = f"its inputs are rounded to {weight.inputs}, and bitnet's to int8; use activations=int8 or none"
     problems = {
         "its codes are not all -1, 0 or 1": weight.zero_point is not None or int(weight.codes.abs().max()) > 1,
-        "it has more than one scale, as training and per_row=true leave it; `--to gguf:tq2_0` holds a scale for every 256 weights":
-            weight.scale.unique().numel() > 1,
+        scales: weight.scale.unique().numel() > 1,
         f"its outputs, {weight.shape[0]}, are no multiple of {_PER_BYTE}": bool(weight.shape[0] % _PER_BYTE),
         inputs: weight.inputs not in (None, "int8"),
     }  # fmt: skip

@@ -92,8 +92,8 @@ def outer_linears(skeleton: Skeleton) -> list[str]:
 
 def layers_of(skeleton: Skeleton, target: str) -> Iterator[tuple[str, str, Weight]]:
     """Every compressible layer's name, the name that the source has its weight under, and the weight, on the meta device and
-    without its mask: a grid keeps zeros by its codes. Raises :class:`BadInput` for layers that are neither dense nor on an integer
-    grid."""
+    without its mask: a grid keeps zeros by its codes. Raises :class:`BadInput` for layers that are neither dense nor on an
+    integer grid."""
     for index in range(len(skeleton.blocks)):
         for local in skeleton.arch.linears:
             name, own = (skeleton.module_name(number, local) for number in (index, skeleton.owner(index)))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from compress.filling import fill_linear
 from compress.loader import build
-from compress.quant.billm import BiLLM, binarise, binarised, middle, nearest, salient_columns
+from compress.quant.billm import BiLLM
+from compress.quant.binary import binarise, binarised, explained, middle, salient_columns
 from compress.stats import LinearStats
 from compress.weights import Binary, spec_of
 
@@ -48,6 +49,15 @@ def test_a_scale_is_the_least_squares_one_for_its_signs(centred):
         left = own - mean[row]
         solved = torch.linalg.lstsq(left.sign().unsqueeze(1), left.unsqueeze(1)).solution
         assert float(scale[row]) == pytest.approx(float(solved), rel=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_what_two_parts_explain_is_what_their_errors_leave(centred):
+    values, near = matrix(6, 40), matrix(6, 40).abs() < 0.8
+    nothing = torch.zeros(40, dtype=torch.bool)
+    error = (binarised(values, nothing, near, centred, torch.float32).dense() - values).square().sum()
+    left = float(values.square().sum()) - explained(values, (near, ~near), centred)
+    assert left == pytest.approx(float(error), rel=1e-5)
 
 
 def test_a_second_sign_lowers_the_error():
@@ -99,26 +109,28 @@ def test_errors_are_carried_on_as_the_inverse_hessian_says():
     weight, x = matrix(), correlated().double()
     made = BiLLM(block_size=40, damping=1e-6).linear(weight, stats_of(x.float()), None)
     error = (weight - made.dense()).double()[:, :40] @ x[:, :40].T  # missing from every token's output
-    best = weight.double()[:, 40:] + torch.linalg.lstsq(x[:, 40:], error.T).solution.T
-    alone = BiLLM(block_size=40).linear(best.float(), stats_of(torch.eye(40)), None)
-    salient = made.salient[40:]  # type: ignore[attr-defined]
-    again = nearest_levels(best.float(), made)
-    assert salient.any() and alone.shape == (24, 40)
-    torch.testing.assert_close(made.dense()[:, 40:], again, rtol=0, atol=0.02)
-
-
-def nearest_levels(values: Tensor, made: Binary) -> Tensor:
-    """The second block's weights, each with the sign and the scale that its codes name, the scales fitted to ``values``."""
+    best = (weight.double()[:, 40:] + torch.linalg.lstsq(x[:, 40:], error.T).solution.T).float()
+    assert isinstance(made, Binary)
     salient, codes = made.salient[40:], made.codes[:, 40:]
-    return binarised(values, salient, (codes < 2) & ~salient, True, torch.float32).dense()
+    again = binarised(best, salient, (codes < 2) & ~salient, True, torch.float32)
+    torch.testing.assert_close(made.dense()[:, 40:], again.dense(), rtol=0, atol=0.02)
 
 
-def test_compensation_helps_and_so_do_smaller_blocks():
+def test_making_up_for_errors_helps_and_more_so_inside_blocks():
     weight, x = matrix(), correlated()
-    plain = BiLLM(block_size=40).linear(weight, stats_of(torch.eye(80)), None)
-    swept, fine = (BiLLM(block_size=size).linear(weight, stats_of(x), None) for size in (40, 10))
-    assert output_error(swept, weight, x) < 0.9 * output_error(plain, weight, x)
-    assert output_error(fine, weight, x) < output_error(swept, weight, x)
+    plain = BiLLM(block_size=20).linear(weight, stats_of(torch.eye(80)), None)
+    between, inside = (BiLLM(block_size=20, within=within).linear(weight, stats_of(x), None) for within in (False, True))
+    assert output_error(between, weight, x) < 0.85 * output_error(plain, weight, x)
+    assert output_error(inside, weight, x) < 0.85 * output_error(between, weight, x)
+    assert between.nbytes == inside.nbytes
+
+
+def test_inside_a_block_codes_are_the_nearest_of_its_levels():
+    """With independent inputs there is nothing to make up for, and the nearest level is no worse than the split's."""
+    weight = matrix()
+    split, near = (BiLLM(block_size=40, within=within).linear(weight, stats_of(torch.eye(80)), None) for within in (False, True))
+    assert isinstance(near, Binary) and isinstance(split, Binary) and near.scale.equal(split.scale)
+    assert ((near.dense() - weight).abs() <= (split.dense() - weight).abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -146,8 +158,8 @@ def test_matrices_of_any_shape_are_what_their_parts_say(n_outputs, n_inputs, blo
     expected = torch.empty(n_outputs, n_inputs)
     for i in range(n_outputs):
         for j in range(n_inputs):
-            sign, high, own, block = 2 * int(codes[i, j] & 1) - 1, int(codes[i, j] >> 1), scale[i, j // block_size], j // block_size
-            kind = 2 if salient[j] else high
+            sign, high, block = 2 * int(codes[i, j] & 1) - 1, int(codes[i, j] >> 1), j // block_size
+            own, kind = scale[i, block], 2 if salient[j] else high
             value = sign * own[2] + (2 * high - 1) * own[3] if salient[j] else sign * own[high]
             expected[i, j] = value + (mean[i, block, kind] if centred else 0)
     torch.testing.assert_close(weight.dense(), expected)
@@ -183,6 +195,3 @@ def test_pruned_layers_are_refused():
         BiLLM().linear(matrix(), stats_of(correlated()), matrix() > 0)
     with pytest.raises(ValueError, match="zeros of a pruned layer"):
         some(True).masked(matrix() > 0)
-    assert nearest(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.2]]), torch.tensor([[0.5]])).tolist() == [
-        pytest.approx([-0.3, 0.7])
-    ]
