@@ -85,12 +85,13 @@ class BinarySweep(InputSweep):
         salient = salient_columns(values, self.diagonal[start:stop], self.n_salient, self.centred)
         block = binarised(values, salient, middle(values, salient, self.centred), self.centred, self.dtype)
         self.blocks.append(block)
+        self.levels = block.levels(self.work.dtype)[:, 0].unflatten(1, (2, 4))  # of each row, in columns of either kind
         self.results[start:stop] = block.dense(self.work.dtype).T
 
     def replace(self, index: int, weights: Tensor, result: Tensor) -> Tensor:
         if self.within:
             block, column = self.blocks[-1], index % self.block_size
-            options = block.levels(weights.dtype)[:, 0].unflatten(1, (2, 4))[:, int(block.salient[column])]
+            options = self.levels.index_select(1, block.salient[column : column + 1].long()).squeeze(1)
             codes = (options - weights.unsqueeze(1)).abs().argmin(1, keepdim=True)
             block.codes[:, column] = codes.squeeze(1).to(torch.int8)
             self.results[index] = options.gather(1, codes).squeeze(1)
