@@ -19,7 +19,7 @@ from compress.errors import BadInput
 from compress.export import packed_layers
 from compress.export.packed_layers import Plan, layers_of, outer_linears
 from compress.skeleton import Skeleton
-from compress.weights import Quantized
+from compress.weights import Quantized, Weight
 from compress.weights.composed import unmasked
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ def _plan(skeleton: Skeleton) -> Plan:
     return Plan(config, lambda name, weight: tensors(weight), {})
 
 
-def _check(name: str, weight: Quantized) -> None:
+def _check(name: str, weight: Weight) -> None:
+    assert isinstance(weight, Quantized)
     scales = (
         "it has more than one scale, as training and per_row=true leave it; `--to gguf:tq2_0` holds one for every 256 weights"
     )
