@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from compress.activations import rounded
 from compress.arch import architecture
 from compress.train_pass import TrainPass
-from compress.weights import Coded, Composed, Dense, LowRank, Masked, Weight
+from compress.weights import Composed, Dense, LowRank, Masked, Weight
 from compress.weights.composed import unmasked
 
 
@@ -51,9 +51,8 @@ class TrainableLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         masters = dict(zip(self.frame.parameters(), self.masters, strict=True))
-        inner = unmasked(self.original)
-        if isinstance(inner, Coded) and inner.inputs:
-            x = rounded(x, inner.inputs)
+        if inputs := getattr(unmasked(self.original), "inputs", None):
+            x = rounded(x, inputs)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x, self.frame.rebuild(masters).dense(dtype), bias)
 
