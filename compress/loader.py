@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from .stored_binary import BinaryLinear
 from .stored_codebooks import CodebookLinear
 from .stored_layers import (
     AffineLinear,
@@ -188,6 +189,7 @@ KINDS: dict[str, Any] = {
     "bitmask_grid": BitmaskGridLinear,
     "tensor_train": TensorTrainLinear,
     "codebook": CodebookLinear,
+    "binary": BinaryLinear,
 }
 
 

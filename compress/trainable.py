@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from compress.activations import Inputs, rounded
+from compress.activations import rounded
 from compress.arch import architecture
 from compress.train_pass import TrainPass
 from compress.weights import Composed, Dense, LowRank, Masked, Weight
@@ -36,7 +36,6 @@ class TrainableLinear(nn.Module):
         self.bias = None if bias is None else _master(bias, device)
         self.earlier = self.frame.kept if isinstance(self.frame, Masked) else None
         self.chosen: Tensor | None = None
-        self.inputs: Inputs | None = getattr(unmasked(weight), "inputs", None)  # how readers round what enters the layer
 
     @property
     def values(self) -> Tensor | None:
@@ -52,8 +51,8 @@ class TrainableLinear(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         masters = dict(zip(self.frame.parameters(), self.masters, strict=True))
-        if self.inputs:
-            x = rounded(x, self.inputs)
+        if inputs := getattr(unmasked(self.original), "inputs", None):
+            x = rounded(x, inputs)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x, self.frame.rebuild(masters).dense(dtype), bias)
 

@@ -15,7 +15,7 @@ from compress.export import layers
 from compress.journal import OUTER, block_part
 from compress.processes import together
 from compress.progress import Progress
-from compress.records import Streamed, describe
+from compress.records import Streamed, describe, grids
 from compress.skeleton import Skeleton
 from compress.stream import PROBE_LENGTH, PROBE_SEQUENCES
 from compress.teacher import cached_teacher
@@ -49,7 +49,9 @@ def train_stage(
     if step.cache:
         _teacher(original, step, training, device, progress)  # before the student takes up memory, and other processes ask
     student, before, trained = together(_train, source, original, step, training, directory, seed, device, progress=progress)
-    after = trained.weights
+    quantized = grids(trained.weights | student.tables())
+    student.mixed = layers.library(quantized).is_mixed(quantized, source.cache_scheme)
+    after = {name: student.settled(weight) for name, weight in trained.weights.items()}
     for name, weight in after.items():
         assert_structure_kept(f"{step.method()} at {name}", structure(before[name]), weight)
     others = _round_others(student)

@@ -95,7 +95,7 @@ class CodebookQuantizer(LinearPass):
         return Codebook(indices, books, torch.empty((n_outputs, 1) if self.axis else (1, n_inputs), **meta), self.axis)
 
 
-def refuse_mask(mask: Tensor | None) -> None:
+def refuse_mask(mask: Tensor | None, reason: str = NO_ZEROS) -> None:
     """Raise ValueError for a layer with removed weights."""
     if mask is not None:
-        raise ValueError(NO_ZEROS)
+        raise ValueError(reason)

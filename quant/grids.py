@@ -185,20 +185,21 @@ class GridSettings(Pass):
 
     def nearest(self, weight: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Weight:
         """Each weight (out, in) at the nearest point of its group's grid, scales in ``dtype``, None: the weight's; zero outside
-        ``mask``."""
+        ``mask``. Of meta tensors, such."""
+        if weight.is_meta:
+            return self._outlined(weight, mask, dtype or weight.dtype)
         values = weight.float() if mask is None else weight.float() * mask
         grid = self.fit(values, dtype or weight.dtype)
         return self.wrap(quantize(values, grid), grid, mask)
 
-    def outlined(self, shape: tuple[int, int], dtype: torch.dtype, mask: Tensor | None) -> Weight:
-        """What :meth:`nearest` makes of such a weight, with meta tensors."""
-        n_outputs, n_inputs = shape
+    def _outlined(self, weight: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Weight:
+        n_outputs, n_inputs = weight.shape
         n_groups = n_inputs // effective_group_size(n_inputs, self.group_size)
         codes = torch.empty(n_outputs, n_inputs, dtype=torch.int8, device="meta")
         scale = torch.empty(n_outputs, n_groups, dtype=dtype, device="meta")
         zero_point = None if self.symmetric else torch.empty(n_outputs, n_groups, dtype=torch.int8, device="meta")
         quantized = Quantized(codes, scale, zero_point, self.bits, self.activations)
-        return quantized if mask is None else Masked(quantized, mask.to("meta"))
+        return quantized if mask is None else Masked(quantized, mask)
 
 
 class Gridded(GridSettings, StreamPass):
@@ -207,7 +208,7 @@ class Gridded(GridSettings, StreamPass):
     regrids: ClassVar[bool] = True
 
     def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
-        return self.outlined((weight.shape[0], weight.shape[1]), weight.dtype, mask)
+        return self.nearest(weight.to("meta"), None if mask is None else mask.to("meta"))
 
 
 class Quantizer(Gridded, LinearPass):

@@ -10,16 +10,16 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress.passes import Needs, Taxon
+from compress.quant.aware import QuantizationAware
 from compress.quant.grids import GridSettings
-from compress.quant.latent import LatentPass
 from compress.rollouts import Rollouts
 from compress.train_pass import Batch
-from compress.weights import Weight
+from compress.weights import Quantized
 
 _GREEDY = (3, 5)  # the likeliest tokens come first: so many, which of these is drawn
 
 
-class LLMQAT(GridSettings, LatentPass):
+class LLMQAT(GridSettings, QuantizationAware):
     """Weights are kept in float32 and rounded at every step to the grid of their row's largest magnitude; gradients pass as if
     they were not. ``activations`` rounds inputs, token by token, in training as readers do. A KV cache that an earlier pass
     rounds (``kv_cache:bits=8,kind=int``) is rounded in training too: keys and values per token and head.
@@ -54,11 +54,8 @@ class LLMQAT(GridSettings, LatentPass):
     def needs(self) -> Needs:  # type: ignore[override]
         return Needs(teacher=self.data_free or super().needs.teacher)
 
-    def quantize(self, values: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Weight:
-        return self.nearest(values, mask, dtype)
-
-    def quantized(self, shape: tuple[int, int], mask: Tensor | None, dtype: torch.dtype) -> Weight:
-        return self.outlined(shape, dtype, mask)
+    def grid(self, values: Tensor, kept: Tensor | None, dtype: torch.dtype) -> Quantized:
+        return self.nearest(values, None, dtype)  # type: ignore[return-value]
 
     def prepare(self, batch: Batch, rollouts: Rollouts) -> Batch:
         if not self.data_free:

@@ -18,7 +18,7 @@ from compress.checkpoint import Checkpoint, digest_files
 from compress.errors import CompressError
 from compress.export import to as export_to
 from compress.manifest import Manifest
-from compress.passes import CorrectionPass, LinearPass, ModelPass
+from compress.passes import CorrectionPass, LinearPass, ModelPass, Taxon
 from compress.pipeline import Result
 from compress.recipe import Calibration, Recipe
 from compress.skeleton import Skeleton
@@ -31,12 +31,14 @@ FACTORISING = [key for key in LINEAR if methods.get(key).factorises]
 MODEL = [key for key in METHODS if issubclass(methods.get(key), ModelPass)]
 EACH_FORM = (
     "gptq", "fp8", "mxfp4", "nf4", "llm_int8", "hqq", "loftq", "spqr", "quip", "embeddings", "kv_cache", "wanda", "pack",
-    "minitron", "flap", "slicegpt", "foldgpt", "shortgpt", "svd", "losparse", "compactifai", "tensorgpt", "vptq", "logit_kd",
+    "minitron", "flap", "slicegpt", "foldgpt", "shortgpt", "svd", "losparse", "compactifai", "tensorgpt", "vptq", "billm",
+    "logit_kd",
 )  # fmt: skip
 """A method for every form that an artifact can have. Those of the others are opened in this process by default, and in a fresh
 one by slow tests."""
 ALIKE = [
-    key for key in METHODS if issubclass(methods.get(key), TrainPass) and key not in ("logit_kd", "gkd", "lora", "gradual")
+    key for key in METHODS
+    if issubclass(methods.get(key), TrainPass) and key not in ("logit_kd", "gkd", "lora", "gradual", "bitnet")
 ]  # fmt: skip
 """Methods that differ from another in their loss only: what holds of all methods is tested of them in slow tests."""
 
@@ -308,6 +310,8 @@ def test_neutral_settings_leave_the_model_as_it_is(key, llama, tokens, make_pass
         neutral |= {"kind": "int", "dynamic": True}
     method, chain = methods.get(key), []
     chosen = {name: value for name, value in neutral.items() if name in method.model_fields}
+    if method.taxon is Taxon.QAT and "bits" not in chosen:  # whatever it learns, it rounds
+        chosen = {}
     if issubclass(method, CorrectionPass):
         chain, chosen = [make_pass("rtn", bits=8, group_size=16)], {}
     elif not chosen:

@@ -42,7 +42,10 @@ def pairs(keys: Iterable[str]) -> list:
 ROTATABLE = (
     "quarot", "smoothquant", "kv_cache", "svd", "svd_llm", "asvd", "fwsvd", "welore", "laser", "greenformer", "shortgpt",
     "angular", "shortened", "laco", "minitron", "llm_pruner", "flap", "slicegpt", "permute", "reconstruct",
-    *(key for key, method in METHODS.items() if issubclass(method, TrainPass) and key != "gradual"),
+    *(
+        key for key, method in METHODS.items()
+        if issubclass(method, TrainPass) and key != "gradual" and method.taxon is not Taxon.QAT
+    ),
 )  # fmt: skip
 """What a rotation can follow: it would fill masks and leave grids, and says so before anything is computed."""
 BLOCKS = ("shortgpt", "angular", "shortened", "laco", "foldgpt")
@@ -51,7 +54,7 @@ WIDTHS = ("minitron", "llm_pruner", "flap")
 """What removes neurons and heads, from the inputs of layers too."""
 QUANTIZERS = {key for key, method in METHODS.items() if "compress.quant" in method.__module__ and key not in ROTATABLE}
 QUANTIZERS -= {"quarot", "embeddings"}
-CODEBOOKS = {key for key, method in METHODS.items() if issubclass(method, CodebookQuantizer)}
+CODEBOOKS = {key for key, method in METHODS.items() if issubclass(method, CodebookQuantizer)} | {"billm"}
 """What cannot keep zeros, nor get any."""
 MASKING = {key for key, method in METHODS.items() if method.taxon is Taxon.UNSTRUCTURED and key != "permute"}
 FACTORISING = {key for key, method in METHODS.items() if getattr(method, "factorises", False)}
@@ -108,7 +111,7 @@ def weights_of(artifact: Path) -> dict[str, Weight]:
 
 def assert_structure_holds(before: Weight, after: Weight, steps: list) -> None:
     """What a weight had before ``steps`` it still has; before and after come from files."""
-    trained = isinstance(steps[-1], TrainPass)
+    trained = isinstance(steps[-1], TrainPass) and steps[-1].taxon is not Taxon.QAT
     if any(isinstance(step, LinearPass) and step.factorises for step in steps):
         assert isinstance(after, Composed)
         if isinstance(before, LowRank) and isinstance(after, LowRank):

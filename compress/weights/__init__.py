@@ -6,6 +6,7 @@ factors; ``Sum((Quantized(...), LowRank(...)))`` a grid with a correction. Matri
 """
 
 from compress.weights.bilevel import Bilevel
+from compress.weights.binary import Binary
 from compress.weights.bitmask import Bitmask, BitmaskGrid, bitmasked, opened
 from compress.weights.blockwise import Blockwise, RowInt8
 from compress.weights.codebook import Codebook
@@ -22,6 +23,7 @@ __all__ = [
     "KINDS",
     "Affine",
     "Bilevel",
+    "Binary",
     "Bitmask",
     "BitmaskGrid",
     "Blockwise",
