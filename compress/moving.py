@@ -86,8 +86,7 @@ class Moving(Quantized):
         return {"positions": self.positions, "scale": self.scale} | ({} if self.zeros is None else {"zeros": self.zeros})
 
     def shares(self) -> dict[str, float]:
-        shares = {"positions": _PACE, "scale": _SCALE_PACE * super().shares()["scale"], "zeros": _PACE}
-        return {name: shares[name] for name in self.parameters()}
+        return {"positions": _PACE, "scale": _SCALE_PACE * super().shares()["scale"], "zeros": _PACE}
 
     def rebuild(self, parameters: Mapping[str, Tensor]) -> Moving:
         return replace(self, **parameters)

@@ -195,14 +195,14 @@ def make_pass() -> Callable:
 @pytest.fixture(scope="session")
 def make_chain(make_pass: Callable) -> Callable[..., list]:
     """``make_chain(method key, **settings)``: what a run of that method takes; a correction follows a quantizer or a
-    pruner, what stores zeros a pruner, and what trains factors a method that factors."""
+    pruner, what stores zeros a pruner, and what trains factors or scales a method that makes them."""
     from compress import methods
     from compress.passes import CorrectionPass, StoragePass
 
     def make(key: str, **settings) -> list:
         same_layers = {name: value for name, value in settings.items() if name in ("targets", "skip")}
-        if getattr(make_pass(key), "trains", None) == "factors":
-            return [make_pass("svd", **same_layers), make_pass(key, **settings)]
+        if (first := {"factors": "svd", "scales": "rtn"}.get(getattr(make_pass(key), "trains", ""))) is not None:
+            return [make_pass(first, **same_layers), make_pass(key, **settings)]
         if not issubclass(methods.get(key), CorrectionPass | StoragePass):
             return [make_pass(key, **settings)]
         corrects = issubclass(methods.get(key), CorrectionPass)
