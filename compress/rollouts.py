@@ -63,9 +63,7 @@ class Rollouts(NamedTuple):
         return batch._replace(tokens=tokens, counted=written, extras={**batch.extras, LOG_CHANCES: chances})
 
     @torch.no_grad()
-    def _write(
-        self, batch: Batch, written: Tensor, temperature: float, share: float, greedy: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _write(self, batch: Batch, written: Tensor, temperature: float, share: float, greedy: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's tokens with those drawn anew that are to be written, (n, length) bool, and their log-probabilities."""
         tokens, chances = batch.tokens.clone(), torch.zeros(batch.tokens.shape, device=batch.tokens.device)
         generator, columns = self.generator(batch.tokens, batch.index), written.any(0).nonzero().flatten().tolist()

@@ -88,9 +88,9 @@ class TrainPass(Pass):
     because the largest code multiplies the move.
     weight_decay: of dense matrices and factors only. gradient_clip: largest norm of all gradients together.
     trains: "scales": the scales of grids alone; "factors": the factors of low-rank layers alone; "weights": the blocks' linear
-    layers in the form they have (kept values, factors, scales of grids; masks, ranks, codes and zero points stay); "blocks": norms
-    and biases too; "everything": embeddings and output head too. targets, skip: which linear layers, by shell patterns over
-    their names or the names of their parts (``*.up``).
+    layers in the form they have (kept values, factors, scales of grids; masks, ranks, codes and zero points stay); "blocks":
+    norms and biases too; "everything": embeddings and output head too. targets, skip: which linear layers, by shell patterns
+    over their names or the names of their parts (``*.up``).
     checkpointing: keep only what enters each block for the backward pass, which computes the rest again: a third more time,
     for activations of one block in memory instead of all.
     hold_out: share of the windows, a batch at least, that is never trained on; 0, or fewer than two batches: none. The loss on

@@ -21,7 +21,7 @@ class Objective(TrainPass):
         description="kl: to the uncompressed model's predictions; tsld: the same, tokens weighted by how unsure that model is; "
         "ce: of the next token",
     )
-    confidence_temperature: float = Field(10.0, gt=0, description="tsld: divides the teacher's losses that tokens are weighted by")
+    confidence_temperature: float = Field(10.0, gt=0, description="tsld: divides the teacher's losses that weigh tokens")
     chunk: int | None = Field(None, ge=1, description="tokens whose logits exist at one time; none: those of 40 MB")
 
     @property

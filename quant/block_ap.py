@@ -1,5 +1,5 @@
-"""Block-AP: train all weights of a block together with the scales and zero-points of their grids, rounding at every step, until it
-puts out what the original's block does (phase one of EfficientQAT, Chen et al., 2407.11062)."""
+"""Block-AP: train all weights of a block together with the scales and zero-points of their grids, rounding at every step, until
+it puts out what the original's block does (phase one of EfficientQAT, Chen et al., 2407.11062)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ _SMALLEST = 1e-16  # added to Adam's root of squares: gradients of a mean over a
 
 
 class BlockAP(Gridded, BlockPass):
-    """A weight w becomes ``clip(round(w / s) + round(z)) - round(z)`` times s, and w, s and z are all trained in float32, by AdamW
-    with rates that fall along a cosine; gradients pass the roundings as if they were not there. The block runs on what the
-    blocks before it put out as they are now, and is to give what the *uncompressed* model's gives on that model's own activations.
-    An eighth of the sequences is not learned from: by it is decided when a block was best. No steps are rounding to nearest.
+    """A weight w becomes ``clip(round(w / s) + round(z)) - round(z)`` times s, and w, s and z are all trained in float32, by
+    AdamW with rates that fall along a cosine; gradients pass the roundings as if they were not there. The block runs on what the
+    blocks before it put out as they are now, and is to give what the *uncompressed* model's gives on that model's own
+    activations. An eighth of the sequences is not learned from: by it is decided when a block was best. No steps are rounding to
+    nearest.
 
-    Rates are in steps of the grid that a group begins with, so that they mean the same for every model; scales move by shares of
-    what a matrix's are on average. Published are 4096 steps of 2 sequences at 2e-5 for weights and 1e-4 for s and z: for the 2-bit
-    grids of Llama 2, whose steps are about 0.03, that is 7e-4 and 3e-3. With the few steps of here all goes faster.
+    Rates are in steps of the grid that a group begins with, so that they mean the same for every model; scales move by shares
+    of what a matrix's are on average. Published are 4096 steps of 2 sequences at 2e-5 for weights and 1e-4 for s and z: for the
+    2-bit grids of Llama 2, whose steps are about 0.03, that is 7e-4 and 3e-3. With the few steps of here all goes faster.
 
     Grids span zero, which the published ones need not.
     """

@@ -1,5 +1,5 @@
-"""E2E-QP: train the scales of grids, end to end, to predict the next token; codes and zero-points stay (phase two of EfficientQAT,
-Chen et al., 2407.11062)."""
+"""E2E-QP: train the scales of grids, end to end, to predict the next token; codes and zero-points stay (phase two of
+EfficientQAT, Chen et al., 2407.11062)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,9 @@ from compress.quant.block_ap import BlockAP
 from compress.quant.rtn import RTN
 from compress.weights import Dense, LowRank, Masked, Quantized, Sum
 
-KINDS = [{"symmetric": False}, {"symmetric": True}, {"symmetric": True, "full_range": True}, {"activations": "int8", "symmetric": True}]
+KINDS = [
+    {"symmetric": False}, {"symmetric": True}, {"symmetric": True, "full_range": True}, {"activations": "int8", "symmetric": True}
+]  # fmt: skip
 
 
 def tuned(block, step):
