@@ -17,6 +17,7 @@ from compress.passes import BlockPass, Needs, Taxon
 from compress.quant.grids import Gridded
 from compress.weights import Weight
 
+_LARGEST_RATE = 0.01  # beyond it the first steps, which are as long for all weights, move too many codes at once
 _LAST_SHARE = 0.05  # of the learning rates, which is left at the last step
 _SMALLEST = 1e-16  # added to Adam's root of squares: gradients of a mean over all outputs are tiny
 
@@ -30,7 +31,8 @@ class BlockAP(Gridded, BlockPass):
 
     Rates are in steps of the grid that a group begins with, so that they mean the same for every model; scales move by shares
     of what a matrix's are on average. Published are 4096 steps of 2 sequences at 2e-5 for weights and 1e-4 for s and z: for the
-    2-bit grids of Llama 2, whose steps are about 0.03, that is 7e-4 and 3e-3. With the few steps of here all goes faster.
+    2-bit grids of Llama 2, whose steps are about 0.03, that is 7e-4 and 3e-3. With the rates of here weights go half a step at
+    most, as AutoRound's do, in however few iterations.
 
     Grids span zero, which the published ones need not.
     """
@@ -43,8 +45,14 @@ class BlockAP(Gridded, BlockPass):
     symmetric: bool = Field(False, description="grids centred on zero, without zero-points")
     iterations: int = Field(200, ge=0, description="steps of AdamW per block")
     batch_size: int = Field(4, ge=1, description="calibration sequences per step")
-    learning_rate: float = Field(1e-2, gt=0, description="of weights at the first step, in steps of the grid")
-    grid_rate: float = Field(2e-2, gt=0, description="of scales, as a share of them, and of zero-points, in steps of the grid")
+    learning_rate: float | None = Field(
+        None, gt=0, description="of weights at the first step, in steps of the grid; none: 1 / iterations, 0.01 at most"
+    )
+    grid_rate: float | None = Field(
+        None,
+        gt=0,
+        description="of scales, as a share of them, and of zero-points, in steps of the grid; none: twice the weights'",
+    )
 
     def learning_tokens(self, samples: int, length: int) -> int:
         return self.iterations * min(self.batch_size, samples) * length
@@ -76,7 +84,9 @@ class BlockAP(Gridded, BlockPass):
     def groups(self, learned: dict[str, Tensor]) -> list[dict[str, Any]]:
         """The optimizer's groups of a matrix's parameters."""
         size = float(learned["scale"].detach().abs().mean())
-        rates = {"positions": self.learning_rate, "scale": self.grid_rate * size, "zeros": self.grid_rate}
+        rate = self.learning_rate or min(_LARGEST_RATE, 1 / self.iterations)
+        grid_rate = self.grid_rate or 2 * rate
+        rates = {"positions": rate, "scale": grid_rate * size, "zeros": grid_rate}
         return [{"params": [value], "lr": rates[name]} for name, value in learned.items()]
 
 
