@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from pydantic import BaseModel
@@ -132,6 +133,9 @@ def _apply(outlined: Outline, step: Pass) -> list[str]:
         lost = "grid" if isinstance(before, Coded) and isinstance(weight, Composed) and not isinstance(weight, Affine) else lost
         if lost and not _has(weight, lost):
             given_up[lost] = given_up.get(lost, 0) + 1
+    parameters = chain.from_iterable(weight.parameters() for weight in seen)
+    if isinstance(step, TrainPass) and step.trains == "scales" and not any(map(step.trains_parameter, parameters)):
+        raise BadInput(f"{step.label()}: no layer is on a grid whose scales could be trained: put a quantizer before it")
     if isinstance(step, StreamPass) and step.surveys:
         try:
             step.check_budget(seen)

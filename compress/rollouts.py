@@ -41,12 +41,15 @@ class Rollouts(NamedTuple):
         digest = zlib.crc32(tokens.cpu().numpy().tobytes(), zlib.crc32(f"{self.seed} {index}".encode()))
         return torch.Generator(tokens.device).manual_seed(digest)  # of which a CPU's uses no more than these 32 bits
 
-    def rewrite(self, batch: Batch, prompt: float, *, temperature: float = 1.0, teacher: float = 0.0) -> Batch:
+    def rewrite(
+        self, batch: Batch, prompt: float, *, temperature: float = 1.0, teacher: float = 0.0, greedy: Tensor | None = None
+    ) -> Batch:
         """Let the models write on from prompts.
 
         prompt: share of each sequence that is given; where a batch says which tokens count, all others are given instead. Only
         what is written counts in the result, whose extras hold ``LOG_CHANCES``.
         temperature: divides the logits. teacher: its share of the distribution that tokens are drawn from; 1: it writes alone.
+        greedy: (n,) int64, so many of the first tokens that are written in each sequence are the likeliest; None: all are drawn.
         """
         if batch.counted is None:
             n_given = max(1, int(prompt * batch.tokens.shape[1]))
@@ -54,11 +57,13 @@ class Rollouts(NamedTuple):
         else:
             n_given, written = 1, batch.counted.clone()
         written[:, :n_given] = False
-        tokens, chances = self._write(batch, written, temperature, teacher)
+        if greedy is None:
+            greedy = batch.tokens.new_zeros(len(batch.tokens))
+        tokens, chances = self._write(batch, written, temperature, teacher, greedy)
         return batch._replace(tokens=tokens, counted=written, extras={**batch.extras, LOG_CHANCES: chances})
 
     @torch.no_grad()
-    def _write(self, batch: Batch, written: Tensor, temperature: float, share: float) -> tuple[Tensor, Tensor]:
+    def _write(self, batch: Batch, written: Tensor, temperature: float, share: float, greedy: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's tokens with those drawn anew that are to be written, (n, length) bool, and their log-probabilities."""
         tokens, chances = batch.tokens.clone(), torch.zeros(batch.tokens.shape, device=batch.tokens.device)
         generator, columns = self.generator(batch.tokens, batch.index), written.any(0).nonzero().flatten().tolist()
@@ -74,6 +79,8 @@ class Rollouts(NamedTuple):
                 logits = output.logits[:, -1, :vocabulary].float() / temperature
                 mixture = mixture + part * logits.softmax(-1)
             drawn, where = torch.multinomial(mixture, 1, generator=generator), written[:, column]
+            is_greedy = written[:, :column].sum(1) < greedy
+            drawn = torch.where(is_greedy.unsqueeze(1), mixture.argmax(-1, keepdim=True), drawn)
             tokens[where, column] = drawn[where, 0]
             chances[where, column] = mixture.gather(1, drawn)[where, 0].log()
             seen = column

@@ -314,11 +314,11 @@ def _parameter_groups(student: nn.Module, step: TrainPass) -> list[dict[str, Any
     groups = []
     for name, layer in layers.items():
         if step.trains_layer(name) and (step.trains != "factors" or name.startswith(tuple(f"{each}." for each in factors))):
-            for master, share in layer.shares():
+            for _, master, share in filter(lambda each: step.trains_parameter(each[0]), layer.shares()):
                 groups.append({"params": [master], "share": share, "weight_decay": step.weight_decay if share == 1 else 0.0})
     masters = {master for group in groups for master in group["params"]}
     every_master = {master for layer in layers.values() for master in layer.masters}
-    dimensions = {"factors": (), "weights": (), "blocks": (1,), "everything": (0, 1, 2, 3)}[step.trains]
+    dimensions = {"scales": (), "factors": (), "weights": (), "blocks": (1,), "everything": (0, 1, 2, 3)}[step.trains]
     rest = [value for value in student.parameters() if value not in every_master and value.dim() in dimensions]
     for parameter in chain(masters, rest):
         parameter.data = parameter.data.clone()  # a loader may have given both models the same memory

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from compress.rollouts import Rollouts
 
+_SCALES = ("scale", "absmax")
+"""What weights on grids call the parameters that their codes are multiplied by."""
+
 
 class Signal(NamedTuple):
     """What a model says about a batch, before its logits exist: they are big, and a loss computes them piece by piece.
@@ -84,10 +87,10 @@ class TrainPass(Pass):
     warmup-stable-decay, 2404.06395). A weight moves by about this much a step; the scale of a b-bit grid by 2**(1-b) of it,
     because the largest code multiplies the move.
     weight_decay: of dense matrices and factors only. gradient_clip: largest norm of all gradients together.
-    trains: "factors": the factors of low-rank layers alone; "weights": the blocks' linear layers in the form they have (kept
-    values, factors, scales of grids; masks, ranks, codes and zero points stay); "blocks": norms and biases too; "everything":
-    embeddings and output head too. targets, skip: which linear layers, by shell patterns over their names or the names of
-    their parts (``*.up``).
+    trains: "scales": the scales of grids alone; "factors": the factors of low-rank layers alone; "weights": the blocks' linear
+    layers in the form they have (kept values, factors, scales of grids; masks, ranks, codes and zero points stay); "blocks":
+    norms and biases too; "everything": embeddings and output head too. targets, skip: which linear layers, by shell patterns
+    over their names or the names of their parts (``*.up``).
     checkpointing: keep only what enters each block for the backward pass, which computes the rest again: a third more time,
     for activations of one block in memory instead of all.
     hold_out: share of the windows, a batch at least, that is never trained on; 0, or fewer than two batches: none. The loss on
@@ -109,10 +112,10 @@ class TrainPass(Pass):
     decay: float = Field(0.2, gt=0, le=1, description="share of the steps at the end in which wsd falls")
     weight_decay: float = Field(0.0, ge=0, description="of matrices and factors")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of all gradients together")
-    trains: Literal["factors", "weights", "blocks", "everything"] = Field(
+    trains: Literal["scales", "factors", "weights", "blocks", "everything"] = Field(
         "blocks",
-        description="factors: of low-rank layers alone; weights: all linear layers; blocks: norms and biases too; everything: "
-        "embeddings and head too",
+        description="scales: of grids alone; factors: of low-rank layers alone; weights: all linear layers; blocks: norms and "
+        "biases too; everything: embeddings and head too",
     )
     targets: Patterns = ("*",)
     skip: Patterns = ()
@@ -157,6 +160,10 @@ class TrainPass(Pass):
     def trains_layer(self, name: str) -> bool:
         """Whether the matrix of that name, of a linear layer or of a part of one, is trained."""
         return matches_any(name, self.targets) and not matches_any(name, self.skip)
+
+    def trains_parameter(self, name: str) -> bool:
+        """Whether of a matrix's parameters (see :meth:`compress.weights.Weight.parameters`) the one of that name is trained."""
+        return self.trains != "scales" or name.rpartition("/")[2] in _SCALES
 
     def outline(self, weight: Weight) -> Weight:
         """What a matrix or factor, a weight of meta tensors, will become. Raises ValueError where it cannot be handled."""

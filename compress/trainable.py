@@ -56,9 +56,10 @@ class TrainableLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x, self.frame.rebuild(masters).dense(dtype), bias)
 
-    def shares(self) -> list[tuple[nn.Parameter, float]]:
-        """Each master, and by which share of the learning rate it moves."""
-        return list(zip(self.masters, self.original.shares().values(), strict=True))
+    def shares(self) -> list[tuple[str, nn.Parameter, float]]:
+        """The name of each parameter of the representation, its master, and by which share of the learning rate that moves."""
+        shares = self.original.shares()
+        return [(name, master, shares[name]) for name, master in zip(self.original.parameters(), self.masters, strict=True)]
 
     @torch.no_grad()
     def trained(self) -> Weight:

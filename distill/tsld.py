@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.distill.losses import cross_entropy, per_token
+from compress.distill.losses import Divergence, cross_entropy, per_token
 from compress.distill.white_box import Divergent
 from compress.passes import Taxon
 from compress.train_pass import Batch, Signal
@@ -30,13 +30,22 @@ class TSLD(Divergent):
 
     def loss(self, student: Signal, teacher: Signal | None, batch: Batch) -> Tensor:
         """Mean over windows of the weighted sum over their tokens, in nats."""
+        given = self.given(teacher)
+        return token_scaled(self.measure, student, given, batch, self.confidence_temperature, chunk=self.chunk)
 
-        def both(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
-            return torch.stack([self.measure(student_logits, teacher_logits), cross_entropy(teacher_logits, targets)], -1)
 
-        divergences, confidence = per_token(both, student, self.given(teacher), batch.targets, chunk=self.chunk).unbind(-1)
-        weights = window_softmax(confidence.detach() / self.confidence_temperature, batch.windows)
-        return (weights * divergences).sum() / len(batch.windows.unique())
+def token_scaled(
+    measure: Divergence, student: Signal, teacher: Signal, batch: Batch, temperature: float, *, chunk: int | None = None
+) -> Tensor:
+    """Mean over windows of the sum over their tokens of a divergence times the token's weight: a softmax over the window of the
+    teacher's losses divided by ``temperature``."""
+
+    def both(student_logits: Tensor, teacher_logits: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack([measure(student_logits, teacher_logits), cross_entropy(teacher_logits, targets)], -1)
+
+    divergences, confidence = per_token(both, student, teacher, batch.targets, chunk=chunk).unbind(-1)
+    weights = window_softmax(confidence.detach() / temperature, batch.windows)
+    return (weights * divergences).sum() / len(batch.windows.unique())
 
 
 def window_softmax(values: Tensor, windows: Tensor) -> Tensor:

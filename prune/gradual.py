@@ -3,21 +3,20 @@ what it misses (Zhu and Gupta, 1710.01878)."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from compress.distill.losses import cross_entropy, forward_kl, per_token
-from compress.passes import Needs, Taxon
+from compress.distill.objective import Objective
+from compress.passes import Taxon
 from compress.prune.masks import count_kept, kept_of, lowest, with_implied_sparsity
-from compress.train_pass import Batch, Signal, TrainPass
 from compress.weights import Dense, Masked, Weight
 from compress.weights.composed import unmasked
 
 
-class Gradual(TrainPass):
+class Gradual(Objective):
     """The sparsity rises from 0 to what is asked as ``sparsity * (1 - (1 - t)**3)``, t being the share of the way from ``start``
     to ``end``: fast while there is much to spare. Every ``every`` steps the masks are chosen anew from all weights; removed
     ones take no gradients, so that they stay about as they were, and can return. From ``end`` on the masks stay, for the last
@@ -35,8 +34,6 @@ class Gradual(TrainPass):
     start: float = Field(0.0, ge=0, le=1, description="share of the steps after which pruning begins")
     end: float = Field(0.5, ge=0, le=1, description="share of the steps after which it is done")
     every: int = Field(5, ge=1, description="steps from one choice of masks to the next")
-    objective: Literal["kl", "ce"] = Field("kl", description="kl: to the uncompressed model's predictions; ce: of the next token")
-    chunk: int | None = Field(None, ge=1, description="tokens whose logits exist at one time; none: those of 40 MB")
 
     @field_validator("pattern")
     @classmethod
@@ -54,10 +51,6 @@ class Gradual(TrainPass):
         if self.start > self.end:
             raise ValueError(f"start={self.start:g} is later than end={self.end:g}")
         return self
-
-    @property
-    def needs(self) -> Needs:  # type: ignore[override]  # a constant of other methods, here it depends on a setting
-        return Needs(teacher=self.objective == "kl")
 
     @property
     def span(self) -> tuple[int, int]:
@@ -87,10 +80,3 @@ class Gradual(TrainPass):
             return weight
         n_kept = min(weight.numel, count_kept(weight.shape, self.sparsity, self.pattern))
         return Masked(inner, torch.empty(weight.shape, dtype=torch.bool, device="meta"), n_kept)
-
-    def loss(self, student: Signal, teacher: Signal | None, batch: Batch) -> Tensor:
-        """Mean over tokens of KL(teacher || student), or of the next token's negative log-likelihood, in nats."""
-        if self.objective == "ce":
-            return per_token(cross_entropy, student, None, batch.targets, chunk=self.chunk).mean()
-        assert teacher is not None
-        return per_token(forward_kl, student, teacher, chunk=self.chunk).mean()

@@ -10,14 +10,14 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.activations import Inputs
-from compress.distill.logit_kd import LogitKD
+from compress.distill.objective import Objective
 from compress.latent import latent, rounded
 from compress.weights import Coded, Weight
 
 
-class QuantizationAware(LogitKD):
+class QuantizationAware(Objective):
     """Free weights in float32, which every step rounds to a grid that it fits to them, and whose gradients are those of the
-    rounded ones; trained towards the uncompressed model's predictions by the loss of ``logit_kd``.
+    rounded ones; trained towards the uncompressed model's predictions, or by another ``objective``.
 
     What an earlier pass left of a matrix is what training begins with: masks, ranks and sparse parts stay, a grid does not. See
     :class:`TrainPass` for the training fields; ``weight_decay`` is of the free weights.

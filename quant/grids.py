@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.activations import Inputs
-from compress.passes import LinearPass, StreamPass
+from compress.passes import LinearPass, Pass, StreamPass
 from compress.stats import LinearStats
 from compress.weights import Masked, Quantized, Weight
 
@@ -150,10 +150,8 @@ def dequantize(codes: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) ->
     return Quantized(codes, grid.scale.to(dtype), grid.zero_point, grid.bits).dense(dtype)
 
 
-class Gridded(StreamPass):
-    """What integer quantizers share, whether they see one layer at a time or a whole block: the grids and their settings."""
-
-    regrids: ClassVar[bool] = True
+class GridSettings(Pass):
+    """The integer grids of a pass, and their settings."""
 
     bits: int = Field(4, ge=2, le=8, description="bits per weight")
     group_size: int | None = Field(128, ge=1, description="consecutive inputs that share a scale; -1: the whole row")
@@ -170,7 +168,7 @@ class Gridded(StreamPass):
         return None if value in (-1, "-1") else value
 
     @model_validator(mode="after")
-    def _full_range_is_of_symmetric_grids(self) -> Gridded:
+    def _full_range_is_of_symmetric_grids(self) -> GridSettings:
         if self.full_range and not self.symmetric and "full_range" in self.model_fields_set:
             raise ValueError("full_range is of symmetric grids: drop it, or symmetric=false")
         return self
@@ -185,20 +183,32 @@ class Gridded(StreamPass):
         quantized = Quantized(codes, grid.scale, grid.zero_point, grid.bits, self.activations)
         return quantized if mask is None else quantized.masked(mask)
 
-    def nearest(self, weight: Tensor, mask: Tensor | None) -> Weight:
-        """Each weight (out, in) at the nearest point of its group's grid, scales in its dtype; zero outside ``mask``."""
+    def nearest(self, weight: Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Weight:
+        """Each weight (out, in) at the nearest point of its group's grid, scales in ``dtype``, None: the weight's; zero outside
+        ``mask``. Of meta tensors, such."""
+        if weight.is_meta:
+            return self._outlined(weight, mask, dtype or weight.dtype)
         values = weight.float() if mask is None else weight.float() * mask
-        grid = self.fit(values, weight.dtype)
+        grid = self.fit(values, dtype or weight.dtype)
         return self.wrap(quantize(values, grid), grid, mask)
 
-    def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
+    def _outlined(self, weight: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Weight:
         n_outputs, n_inputs = weight.shape
         n_groups = n_inputs // effective_group_size(n_inputs, self.group_size)
         codes = torch.empty(n_outputs, n_inputs, dtype=torch.int8, device="meta")
-        scale = torch.empty(n_outputs, n_groups, dtype=weight.dtype, device="meta")
+        scale = torch.empty(n_outputs, n_groups, dtype=dtype, device="meta")
         zero_point = None if self.symmetric else torch.empty(n_outputs, n_groups, dtype=torch.int8, device="meta")
         quantized = Quantized(codes, scale, zero_point, self.bits, self.activations)
-        return quantized if mask is None else Masked(quantized, mask.to("meta"))
+        return quantized if mask is None else Masked(quantized, mask)
+
+
+class Gridded(GridSettings, StreamPass):
+    """What integer quantizers share that the block loop applies, whether they see one layer at a time or a whole block."""
+
+    regrids: ClassVar[bool] = True
+
+    def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
+        return self.nearest(weight.to("meta"), None if mask is None else mask.to("meta"))
 
 
 class Quantizer(Gridded, LinearPass):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compress.moving import round_through
 from compress.quant.grids import Grid, Gridded, code_range
 from compress.weights import Weight
 
@@ -39,11 +40,6 @@ class Rounded(NamedTuple):
         zero_point = None if self.zero_point is None else self.zero_point.detach().to(torch.int8)
         grid = Grid(self.scale.detach().to(dtype), zero_point, self.bits)
         return settings.wrap(self.codes.detach().to(torch.int8), grid, mask)
-
-
-def round_through(values: Tensor) -> Tensor:
-    """Round half to even; gradients pass as if nothing had been done (the straight-through estimator)."""
-    return values + (values.round() - values).detach()
 
 
 def shrink(grid: Grid, upper: Tensor, lower: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -195,14 +195,14 @@ def make_pass() -> Callable:
 @pytest.fixture(scope="session")
 def make_chain(make_pass: Callable) -> Callable[..., list]:
     """``make_chain(method key, **settings)``: what a run of that method takes; a correction follows a quantizer or a
-    pruner, what stores zeros a pruner, and what trains factors a method that factors."""
+    pruner, what stores zeros a pruner, and what trains factors or scales a method that makes them."""
     from compress import methods
     from compress.passes import CorrectionPass, StoragePass
 
     def make(key: str, **settings) -> list:
         same_layers = {name: value for name, value in settings.items() if name in ("targets", "skip")}
-        if getattr(make_pass(key), "trains", None) == "factors":
-            return [make_pass("svd", **same_layers), make_pass(key, **settings)]
+        if (first := {"factors": "svd", "scales": "rtn"}.get(getattr(make_pass(key), "trains", ""))) is not None:
+            return [make_pass(first, **same_layers), make_pass(key, **settings)]
         if not issubclass(methods.get(key), CorrectionPass | StoragePass):
             return [make_pass(key, **settings)]
         corrects = issubclass(methods.get(key), CorrectionPass)
@@ -310,3 +310,59 @@ def make_block(make_checkpoint) -> Callable:
         return block
 
     return make
+
+
+# what losses and writers are given: signals and batches of random numbers, and two tiny models that differ
+
+_N_WINDOWS, _LENGTH, _FEW_TOKENS = 4, 10, 32
+
+
+def _draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def batch():
+    """Four windows of which the last ones count less."""
+    from compress.train_pass import Batch
+
+    counted = torch.arange(_LENGTH) >= torch.arange(_N_WINDOWS)[:, None]
+    return Batch(torch.randint(_FEW_TOKENS, (_N_WINDOWS, _LENGTH), generator=torch.Generator().manual_seed(0)), counted)
+
+
+@pytest.fixture
+def make_signal(batch) -> Callable:
+    """``make_signal(seed, n_states=0, width=8)``: hidden states and a head for the batch's tokens."""
+    from compress.train_pass import Signal
+
+    def make(seed: int, n_states: int = 0, width: int = 8):
+        n = len(batch.targets)
+        head = nn.utils.skip_init(nn.Linear, width, _FEW_TOKENS, bias=False).requires_grad_(False)
+        head.weight.copy_(_draw(_FEW_TOKENS, width, seed=100 + seed))
+        states = tuple(_draw(n, width, seed=1000 * seed + number) for number in range(n_states))
+        return Signal(states[-1] if states else _draw(n, width, seed=seed), head, states)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def models() -> tuple[nn.Module, nn.Module]:
+    """A student and a teacher that says other things."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=_FEW_TOKENS, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        made.append(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False))
+    return made[0], made[1]
+
+
+@pytest.fixture
+def rollouts(models):
+    from compress.rollouts import Rollouts
+
+    return Rollouts(*models, seed=0, memory={})

@@ -19,8 +19,9 @@ from compress.errors import CompressError
 from compress.export import to as export_to
 from compress.export.bitsandbytes import misread_here
 from compress.manifest import Manifest
-from compress.passes import CorrectionPass, LinearPass, ModelPass, Taxon
+from compress.passes import CorrectionPass, LinearPass, ModelPass
 from compress.pipeline import Result
+from compress.quant.aware import QuantizationAware
 from compress.recipe import Calibration, Recipe
 from compress.skeleton import Skeleton
 from compress.train_pass import TrainPass
@@ -311,10 +312,10 @@ def test_neutral_settings_leave_the_model_as_it_is(key, llama, tokens, make_pass
         neutral |= {"kind": "int", "dynamic": True}
     method, chain = methods.get(key), []
     chosen = {name: value for name, value in neutral.items() if name in method.model_fields}
-    if method.taxon is Taxon.QAT and "bits" not in chosen:  # whatever it learns, it rounds
+    if issubclass(method, QuantizationAware) and "bits" not in chosen:  # whatever it learns, it rounds
         chosen = {}
-    if issubclass(method, CorrectionPass):
-        chain, chosen = [make_pass("rtn", bits=8, group_size=16)], {}
+    if issubclass(method, CorrectionPass) or key == "e2e_qp":
+        chain, chosen = [make_pass("rtn", bits=8, group_size=16)], {"learning_rate": 1e-12} if key == "e2e_qp" else {}
     elif not chosen:
         pytest.skip("it has no such settings: what it keeps is its own test's to say")
     artifact = run_stages(llama, [*chain, make_pass(key, **chosen)])

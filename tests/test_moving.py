@@ -28,7 +28,8 @@ def test_at_first_it_is_the_grid(symmetric, known):
 def test_weights_begin_as_near_to_the_original_as_their_codes_let_them(symmetric):
     first = grid(symmetric)
     original = first.dense() + first.scale.repeat_interleave(16, 1) * torch.linspace(-2, 2, 32)
-    offsets = moving(first, original).positions - first.codes
+    zeros = 0 if symmetric else first.zero_point.repeat_interleave(16, 1)
+    offsets = moving(first, original).positions - (first.codes - zeros)
     torch.testing.assert_close(offsets[:, 12:20], torch.linspace(-2, 2, 32)[12:20].expand(6, -1), atol=1e-5, rtol=0)
     assert offsets[:, 0].lt(-0.4).all() and offsets[:, -1].gt(0.4).all() and offsets.abs().max() < 0.5
 
@@ -51,6 +52,38 @@ def test_the_gradients_of_the_straight_through_estimator():
     moving(start).rebuild({"positions": positions, "scale": scale}).dense().sum().backward()
     assert positions.grad.tolist() == [[0.5, 0.5, 0, 0]]
     assert scale.grad.item() == 1 - 2 + 3 - 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_free_grid_begins_as_it_is_and_is_stored_as_it_is_computed_with(symmetric, dtype):
+    """Whatever has moved, and to the bit: scales as they are stored, whole zero points within the codes."""
+    mask = torch.rand(6, 32, generator=torch.Generator().manual_seed(1)) < 0.6
+    weight = torch.randn(6, 32).to(dtype) * mask
+    first = RTN(bits=3, group_size=16, symmetric=symmetric).nearest(weight, mask)
+    begun = moving(first, weight, Moving.free)
+    assert begun.dense().equal(first.dense()) and stopped(begun).inner.codes.equal(first.inner.codes)
+    moved = {
+        name: (value.float() * 1.3 + torch.randn(value.shape) * (2 if name == "zeros" else 0.3))
+        for name, value in begun.parameters().items()
+    }
+    after = stopped(begun.rebuild(moved))
+    assert after.dense(torch.float32).equal(begun.rebuild(moved).dense(torch.float32)) and after.dtype == dtype
+    assert not after.dense()[~mask].any() and after.inner.codes.min() >= -4 and after.inner.codes.max() <= 3
+    assert symmetric or (after.inner.zero_point.dtype == torch.int8 and not after.inner.zero_point.equal(first.inner.zero_point))
+
+
+def test_the_gradients_of_a_free_grid():
+    """Inside the range 1 to a weight and round(w/s) - w/s to its scale; beyond it nothing, and the last code less the zero-point;
+    to the zero-point -s of every weight that is clipped."""
+    grid = Quantized(torch.zeros(1, 4, dtype=torch.int8), torch.full((1, 1), 0.5), torch.ones(1, 1, dtype=torch.int8), 3)
+    begun = moving(grid, torch.tensor([[0.3, -1.2, 9.0, -9.0]]), Moving.free)
+    leaves = {name: value.clone().requires_grad_() for name, value in begun.parameters().items()}
+    begun.rebuild(leaves).dense().sum().backward()
+    assert leaves["positions"].grad.tolist() == [[0.5, 0.5, 0, 0]]  # a step of 1 is a move of s
+    expected = (1 - 0.6) + (-2 + 2.4) + (3 - 1) + (-4 - 1)
+    assert leaves["scale"].grad.item() == pytest.approx(expected, rel=1e-5)
+    assert leaves["zeros"].grad.item() == -2 * 0.5
 
 
 def test_factors_move_and_other_forms_are_left_alone():

@@ -15,6 +15,7 @@ from compress.errors import BadInput
 from compress.manifest import Manifest
 from compress.narrow import narrow
 from compress.passes import BlockPass, CorrectionPass, LinearPass, ModelPass, StoragePass, StreamPass, Taxon
+from compress.quant.aware import QuantizationAware
 from compress.quant.codebooks import CodebookQuantizer
 from compress.skeleton import Skeleton
 from compress.stages import group
@@ -44,7 +45,7 @@ ROTATABLE = (
     "angular", "shortened", "laco", "minitron", "llm_pruner", "flap", "slicegpt", "permute", "reconstruct",
     *(
         key for key, method in METHODS.items()
-        if issubclass(method, TrainPass) and key != "gradual" and method.taxon is not Taxon.QAT
+        if issubclass(method, TrainPass) and key not in ("gradual", "e2e_qp") and not issubclass(method, QuantizationAware)
     ),
 )  # fmt: skip
 """What a rotation can follow: it would fill masks and leave grids, and says so before anything is computed."""
@@ -111,7 +112,7 @@ def weights_of(artifact: Path) -> dict[str, Weight]:
 
 def assert_structure_holds(before: Weight, after: Weight, steps: list) -> None:
     """What a weight had before ``steps`` it still has; before and after come from files."""
-    trained = isinstance(steps[-1], TrainPass) and steps[-1].taxon is not Taxon.QAT
+    trained = isinstance(steps[-1], TrainPass) and not isinstance(steps[-1], QuantizationAware)
     if any(isinstance(step, LinearPass) and step.factorises for step in steps):
         assert isinstance(after, Composed)
         if isinstance(before, LowRank) and isinstance(after, LowRank):
