@@ -1,9 +1,9 @@
 """How much faster a model runs that has lost neurons, heads, hidden channels or blocks: prefill and decode, against dense.
 
 A random Llama is pruned by the real passes, each artifact is opened as a user opens it, and all models take turns in one process
-on the same tokens, so that what else the machine does falls on all alike. Time ratios are medians over the rounds of time
-pruned / time dense; beside them stands the ratio of their multiply-adds, and decoding's of their bytes: a step for one sequence
-reads every weight once and is bound by that. Bar: prefill's time follows the multiply-adds within 25 %; exit status 1 where not.
+on the same tokens, so that what else the machine does falls on all alike; times are the processor's, for what does not. Time
+ratios are medians over the rounds of time pruned / time dense; beside them stands the ratio of their multiply-adds, and
+decoding's of their bytes: a step for one sequence reads every weight once and is bound by that. Bar: prefill's time follows the multiply-adds within 25 %; exit status 1 where not.
 
     python benchmarks/pruned_speed.py
 """
@@ -65,20 +65,20 @@ def multiply_adds(model: nn.Module, length: int) -> float:
 
 @torch.no_grad()
 def prefill(model: Any, tokens: Tensor) -> float:
-    """Seconds for the prompt."""
-    start = time.perf_counter()
+    """Processor seconds for the prompt."""
+    start = time.process_time()
     model(input_ids=tokens, use_cache=False, logits_to_keep=1)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @torch.no_grad()
 def decode(model: Any, tokens: Tensor) -> float:
-    """Seconds per new token, after a short prompt."""
+    """Processor seconds per new token, after a short prompt."""
     cache = model(input_ids=tokens[:, :32], use_cache=True).past_key_values
-    start = time.perf_counter()
+    start = time.process_time()
     for position in range(32, 32 + NEW_TOKENS):
         cache = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True).past_key_values
-    return (time.perf_counter() - start) / NEW_TOKENS
+    return (time.process_time() - start) / NEW_TOKENS
 
 
 def main() -> int:

@@ -68,7 +68,8 @@ class LinearStats:
         for rows in x.split(_ROWS_PER_SUM):
             for name in ("hessian", "covariance"):
                 if name in self._sums:
-                    _add_gram(self._sums[name], rows)
+                    rows = rows.to(_summed_in(rows))  # of 16-bit factors, products would come out in 16 bits
+                    add_symmetric(self._sums[name], rows.T, rows)
             rows = rows.float() if {"sum", "sqnorm", "abssum", "absmax"} & self._sums.keys() else rows
             if "sum" in self._sums:
                 self._sums["sum"] += rows.sum(0)
@@ -83,8 +84,7 @@ class LinearStats:
         """Mirror the upper triangles that :meth:`add` has summed; call once, when the last token is in."""
         for name in ("hessian", "covariance"):
             if name in self._sums:
-                upper = self._sums[name].triu_()
-                upper += upper.triu(1).T
+                mirror(self._sums[name])
         return self
 
     def _read(self, name: str) -> Tensor:
@@ -99,7 +99,9 @@ class LinearStats:
             raise AttributeError(f"statistic {name!r} was not gathered (gathered: {sorted(self._sums)})")
         if name == "sqnorm" and value.dim() == 2:
             value = value.diagonal()
-        return value if name in ("covariance", "cross") else value.float()
+        if name in ("covariance", "cross") or value.dtype == torch.float32:
+            return value
+        return self.cached(("float32", name), value.float)
 
     @property
     def hessian(self) -> Tensor:
@@ -219,20 +221,34 @@ def _summed_in(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows to the upper triangle of total, by panels: a symmetric product needs little over half the work.
-
-    Products are taken in float32, or float64 for float64 rows: of 16-bit factors they would come out in 16 bits.
-    """
-    n_inputs = rows.shape[1]
-    rows = rows.to(_summed_in(rows))
-    width = min(max(_LEAST_PANEL, n_inputs // 4), _MOST_PANEL)
-    for start in range(0, n_inputs, width):
-        part, left, right = total[start : start + width, start:], rows[:, start : start + width].T, rows[:, start:]
-        if total.dtype == rows.dtype:
-            part.addmm_(left, right)
+def add_symmetric(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right, (n, k) and (k, n), which is known to be symmetric, to the upper triangle of total (n, n), by panels: a
+    little over half the work. Products are taken in the factors' dtype."""
+    n = len(total)
+    width = min(max(_LEAST_PANEL, n // 4), _MOST_PANEL)
+    for start in range(0, n, width):
+        part, rows, columns = total[start : start + width, start:], left[start : start + width], right[:, start:]
+        if total.dtype == right.dtype:
+            part.addmm_(rows, columns)
         else:
-            part += left @ right
+            part += rows @ columns
+
+
+def mirror(upper: Tensor) -> Tensor:
+    """Give a square matrix below its diagonal, in place, what it has above."""
+    for start in range(0, len(upper), _MOST_PANEL):
+        stop = start + _MOST_PANEL
+        corner = upper[start:stop, start:stop].triu_()
+        corner += corner.triu(1).T
+        upper[stop:, start:stop] = upper[start:stop, stop:].T
+    return upper
+
+
+def symmetric(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, (n, k) and (k, n), which is known to be symmetric: (n, n), in half the work."""
+    total = left.new_zeros(len(left), len(left))
+    add_symmetric(total, left, right)
+    return mirror(total)
 
 
 def energy(matrix: Tensor, hessian: Tensor) -> Tensor:

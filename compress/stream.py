@@ -268,11 +268,12 @@ class Stream:
         def hook(group: tuple[str, ...]):
             def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 gathered[group].add(inputs[0], before.get(group[0]))
-                if group == wanted_groups[-1] and not self.undisturbed:
+                if group == wanted_groups[-1] and not runs_on:
                     raise _Enough
 
             return see
 
+        runs_on = self.undisturbed and block.index + 1 < len(skeleton.blocks)  # what the block puts out is what the next reads
         handles = [block.module.get_submodule(group[0]).register_forward_pre_hook(hook(group)) for group in wanted_groups]
         before: dict[str, Tensor] = {}
         try:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from compress.lowrank.allocation import RULES, Layer, least_size, probed_ranks
 from compress.passes import LinearPass, Needs
-from compress.stats import LinearStats
+from compress.stats import LinearStats, symmetric
 from compress.weights import Dense, LowRank, Masked, Weight
+
+_ORTHOGONAL = 0.9  # of a unit vector, what is orthogonal to all before it, for those to count as orthogonal
 
 
 def rank_for(ratio: float, n_outputs: int, n_inputs: int, round_to: int = 1) -> int | None:
@@ -46,14 +48,29 @@ def leading_directions(matrix: Tensor, rank: int) -> Tensor:
     """
     n_outputs, n_inputs = matrix.shape
     if n_outputs <= n_inputs:
-        return torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:].flip(1)
-    right = torch.linalg.eigh(matrix.T @ matrix).eigenvectors[:, -rank:].flip(1)
-    return torch.linalg.qr(matrix @ right).Q
+        return principal_axes(symmetric(matrix, matrix.T), rank)
+    return orthonormalised(matrix @ principal_axes(symmetric(matrix.T, matrix), rank))
+
+
+def principal_axes(gram: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the ``rank`` largest eigenvalues of a symmetric float64 matrix (n, n), the largest first: (n, rank)."""
+    return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+
+
+def orthonormalised(columns: Tensor) -> Tensor:
+    """An orthonormal basis of the span of each number of the first columns (n, rank) float64, which are all but orthogonal to
+    each other: (n, rank). By a Cholesky factor, unless some columns are too small for that."""
+    scaled = columns / columns.norm(dim=0)
+    gram = scaled.T @ scaled
+    upper, failed = torch.linalg.cholesky_ex(gram, upper=True)
+    if failed or not bool(upper.diagonal().amin() > _ORTHOGONAL):
+        return torch.linalg.qr(columns).Q
+    return torch.linalg.solve_triangular(upper, scaled, upper=True, left=False)
 
 
 def spectrum(matrix: Tensor) -> Tensor:
     """The squares of the singular values of a float64 matrix (out, in), falling: (min(out, in),)."""
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    gram = symmetric(matrix, matrix.T) if matrix.shape[0] <= matrix.shape[1] else symmetric(matrix.T, matrix)
     return torch.linalg.eigvalsh(gram).clamp_(min=0).flip(0)
 
 

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.lowrank.factor import Factoriser
+from compress.lowrank.factor import Factoriser, principal_axes
 from compress.passes import Needs, Taxon
-from compress.stats import LinearStats
+from compress.stats import LinearStats, symmetric
 
 log = logging.getLogger(__name__)
 
@@ -69,20 +69,33 @@ class SVDLLM(Factoriser):
         inverse = stats.cached(("svd_llm", self.ridge, "inverse"), lambda: torch.linalg.pinv(root @ root.T, hermitian=True))
         return weight + moved @ inverse
 
+    def moment(self, stats: LinearStats) -> Tensor:
+        """The inputs' covariance, with what is added to it, (in, in)."""
+        return stats.cached(("svd_llm", self.ridge, "moment"), lambda: damped(stats.covariance, stats.n, self.ridge))
+
     def root(self, stats: LinearStats) -> Tensor:
-        """A root of the inputs' covariance, (in, in) or (in, rank)."""
-        return stats.cached(("svd_llm", self.ridge), lambda: covariance_root(stats.covariance, stats.n, self.ridge))
+        """A root of it, (in, in)."""
+        return stats.cached(("svd_llm", self.ridge), lambda: root_of(self.moment(stats)))
+
+    def directions(self, weight: Tensor, stats: LinearStats, rank: int) -> Tensor:
+        """Of a wide matrix they are the principal axes of its outputs, whose covariance needs no root."""
+        if weight.shape[0] > weight.shape[1]:
+            return super().directions(weight, stats, rank)
+        return principal_axes(symmetric(weight @ self.moment(stats), weight.T), rank)
 
     def metric(self, weight: Tensor, stats: LinearStats) -> Tensor:
         return weight @ self.root(stats)
 
 
 def covariance_root(covariance: Tensor, n_tokens: int, ridge: float = 0.0) -> Tensor:
-    """A root S, S S^T = C + ridge * mean(diag C) * I, of a covariance C (in, in) float64, a sum over n_tokens.
+    """A root S (in, in) of a covariance, S S^T = :func:`damped` of it."""
+    return root_of(damped(covariance, n_tokens, ridge))
 
-    With fewer tokens than inputs the ridge is raised to inputs / tokens; with none, S is the identity. S is the lower
-    Cholesky factor, or, where rounding has left C indefinite, comes from its eigenvalues, the negative ones set to
-    zero.
+
+def damped(covariance: Tensor, n_tokens: int, ridge: float = 0.0) -> Tensor:
+    """C + ridge * mean(diag C) * I, of a covariance C (in, in) float64, a sum over n_tokens; C itself where nothing is added.
+
+    With fewer tokens than inputs the ridge is raised to inputs / tokens; with none, it is the identity.
     """
     n_inputs = len(covariance)
     if n_tokens < n_inputs:
@@ -96,10 +109,18 @@ def covariance_root(covariance: Tensor, n_tokens: int, ridge: float = 0.0) -> Te
     scale = covariance.diagonal().mean()
     if not scale > 0:
         return torch.eye(n_inputs, dtype=covariance.dtype, device=covariance.device)
-    damped = covariance.clone()
-    damped.diagonal().add_(ridge * scale)
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not ridge:
+        return covariance
+    raised = covariance.clone()
+    raised.diagonal().add_(ridge * scale)
+    return raised
+
+
+def root_of(moment: Tensor) -> Tensor:
+    """A root S, S S^T = M, of a symmetric M (in, in) float64: the lower Cholesky factor, or, where rounding has left M
+    indefinite, from its eigenvalues, the negative ones set to zero."""
+    lower, failed = torch.linalg.cholesky_ex(moment)
     if not failed:
         return lower
-    values, vectors = torch.linalg.eigh(damped)
+    values, vectors = torch.linalg.eigh(moment)
     return vectors * values.clamp_(min=0).sqrt()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from compress.lowrank.factor import leading_directions, project, rank_for
+from compress.lowrank.factor import leading_directions, orthonormalised, project, rank_for
 from compress.lowrank.svd import SVD
 from compress.stats import LinearStats
 from compress.weights import Dense, LowRank, Masked
@@ -53,6 +53,18 @@ def test_matrices_of_lower_rank_are_exact_and_finite(shape):
     for matrix in (weight, torch.zeros(shape, dtype=torch.float64)):
         down, up = project(matrix, leading_directions(matrix, 8))
         torch.testing.assert_close(up @ down, matrix, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(1.0, 1.0, 1.0), (1e8, 1.0, 1e-8), (1.0, 1e-3, 0.0)])
+@pytest.mark.parametrize("mixing", [0.0, 1e-6, 1.0])
+def test_bases_are_orthonormal_whatever_their_columns_are(sizes, mixing):
+    """The sizes of columns do not matter; nor do columns that are far from orthogonal, or that are zero."""
+    basis = torch.linalg.qr(torch.randn(20, 3, dtype=torch.float64)).Q
+    columns = (basis + mixing * torch.randn(20, 3, dtype=torch.float64)) * torch.tensor(sizes, dtype=torch.float64)
+    found = orthonormalised(columns)
+    torch.testing.assert_close(found.T @ found, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    left = columns - found @ (found.T @ columns)
+    assert float((left.norm(dim=0) / columns.norm(dim=0).clamp_min(1e-300)).amax()) < 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,7 +6,7 @@ import torch
 from compress.calibration import read_text, windows
 from compress.lowrank.factor import leading_directions, project
 from compress.lowrank.svd import SVD
-from compress.lowrank.svd_llm import SVDLLM, covariance_root
+from compress.lowrank.svd_llm import SVDLLM, covariance_root, root_of
 from compress.methods import parse, with_effort
 from compress.recipe import Calibration
 from compress.stats import LinearStats
@@ -109,11 +109,17 @@ def test_ridge_is_relative():
 
 
 def test_layers_of_an_input_group_share_one_root(monkeypatch):
-    stats, calls = stats_of(correlated(80, 40)), []
-    monkeypatch.setattr("compress.lowrank.svd_llm.covariance_root", lambda *given: calls.append(1) or covariance_root(*given))
+    stats, calls = stats_of(correlated(80, 24)), []
+    monkeypatch.setattr("compress.lowrank.svd_llm.root_of", lambda moment: calls.append(1) or root_of(moment))
     for _ in range(3):
-        SVDLLM(rank=9).linear(torch.randn(24, 40).to(torch.bfloat16), stats.only({"covariance"}), None)
+        SVDLLM(rank=9).linear(torch.randn(40, 24).to(torch.bfloat16), stats.only({"covariance"}), None)
     assert len(calls) == 1
+
+
+def test_wide_layers_need_no_root(monkeypatch):
+    monkeypatch.setattr("compress.lowrank.svd_llm.root_of", lambda _: pytest.fail("a root was taken"))
+    for ridge in (0.0, 0.1):
+        SVDLLM(rank=9, ridge=ridge).linear(torch.randn(24, 40), stats_of(correlated(80, 40)), None)
 
 
 def moved(x: torch.Tensor, before: torch.Tensor, dtype: torch.dtype = torch.float64) -> LinearStats:
