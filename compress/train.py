@@ -30,6 +30,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress.allocator import give_back_large_blocks
 from compress.errors import BadInput, CompressError
 from compress.processes import refuse_sharding
 from compress.progress import RESUMED, Progress
@@ -101,6 +102,7 @@ def train(
     if not len(used) or tokens.shape[1] < 2:
         raise BadInput(f"{step.method()} predicts a token from those before it: tokens {tuple(tokens.shape)} hold none")
     directory.mkdir(parents=True, exist_ok=True)
+    give_back_large_blocks()
     state = StateFile(directory / STATE_FILE, fingerprint(weights, tokens, counted, step, seed), save_every)
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(torch.device(device)))
