@@ -59,7 +59,7 @@ def _config(skeleton: Skeleton) -> dict[str, Any]:
     bases = {name: parted(weight)[0] for name, weight in found.items()}
     if all(bases[name] is weight for name, weight in found.items()):
         raise BadInput(
-            f"{checkpoint.path}: no layer has a low-rank change beside it; loftq leaves such, and lora beside grids or with merge=false"
+            f"{checkpoint.path}: no layer has a low-rank change beside it; loftq leaves such, lora with merge=false or on grids"
         )
     quantized = grids(bases | skeleton.tables())
     skeleton.mixed = layers.library(quantized).is_mixed(quantized, checkpoint.cache_scheme)

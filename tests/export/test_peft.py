@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from compress import export
 from compress.errors import BadInput
 
+LORA = "lora:steps=2,batch_size=2,length=16"
 CHAINS = {
     "loftq": ["loftq:bits=4,group_size=16,rank=4"],
     "beside a grid": ["gptq:bits=4,group_size=16", "lora:steps=2,batch_size=2,length=16,rank=3"],
