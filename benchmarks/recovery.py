@@ -36,7 +36,7 @@ COMPRESSIONS = [
 ]  # fmt: skip
 TRAINED = ("logit_kd", "fine_tune")
 BARS = {"reconstruct": 1 / 3, "logit_kd": 1 / 2}
-"""The least share of the lost bits per byte that is to come back, by the recovery's method."""
+"""The least share of the lost bits per byte that is to come back, by the recovery's last method."""
 
 
 class Judge:
@@ -57,7 +57,7 @@ class Judge:
 
 
 def measure(model: Path, compression: str, recovery: str, judge: Judge, calibration: Calibration) -> dict[str, Any]:
-    """One row. recovery: the pass that follows the compression; "": none."""
+    """One row. recovery: the passes that follow the compression; "": none."""
     start = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
@@ -84,7 +84,7 @@ def missed(rows: list[dict[str, Any]], dense: float) -> list[str]:
     shares: dict[tuple[str, str], float] = {}  # the best of every method, at whatever settings
     for row in recovered(rows, dense):
         if row["recovered"] is not None:
-            key = row["compression"], row["recovery"].partition(":")[0]
+            key = row["compression"], row["recovery"].split()[-1].partition(":")[0]
             shares[key] = max(row["recovered"], shares.get(key, -math.inf))
     found = []
     for (compression, method), share in shares.items():
@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="comma-separated parts of chains")
-    parser.add_argument("--more", default="", help="more recoveries, separated by spaces")
+    parser.add_argument("--more", default="", help="more recoveries, of one or several passes, separated by semicolons")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     judge = Judge(options.model, options.held_out, options.windows)
@@ -133,7 +133,7 @@ def main() -> int:
     tables = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     table = tables.setdefault(protocol, {"dense": judge(options.model), "rows": []})
     settings = f"steps={options.steps},length={options.length},learning_rate={options.rate:g}"
-    recoveries = ["reconstruct", *(f"{method}:{settings}" for method in TRAINED), *options.more.split()]
+    recoveries = ["reconstruct", *(f"{method}:{settings}" for method in TRAINED), *filter(None, options.more.split(";"))]
     calibration = Calibration(samples=options.samples, length=options.length, data=options.data)
     chains = [(compression, recovery) for compression in COMPRESSIONS for recovery in recoveries]
     if options.only:

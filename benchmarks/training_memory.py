@@ -6,8 +6,8 @@ does), the passes `fine_tune` and `logit_kd`, the latter with its teacher in mem
 highest resident memory since just before the models are made is reported: absolute, and less what the teacher's weights take,
 which no loss can do without. The logits of one window are 311 MB in float32.
 
-Bar: `logit_kd` with everything it needs takes at most 1.3 times what `plain` takes. The exit status is 1 where it is missed. Its
-memory relative to that of `fine_tune`, which computes the next-token loss piece by piece too, is reported beside.
+Bar: `logit_kd` with everything it needs, the teacher's weights included, takes at most 1.3 times what `plain` takes, and at most
+1.3 times what `fine_tune` does, which computes the next-token loss piece by piece too. The exit status is 1 where it is missed.
 
     python benchmarks/training_memory.py --out training_memory.json
 """
@@ -117,17 +117,18 @@ def main() -> int:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found[way] = json.loads(output.splitlines()[-1])
         own = found[way]["peak"] - found[way]["teacher"]
-        ratios = ", ".join(f"{own / found[other]['peak']:.2f} x {other}" for other in ("plain", "fine_tune") if other in found)
-        print(f"{way:16} {found[way]['peak'] / 1e6:7.0f} MB, {own / 1e6:7.0f} MB without the teacher's weights: {ratios}")
-    ratio = found["logit_kd"]["peak"] / found["plain"]["peak"]
+        listed = ", ".join(f"{own / found[other]['peak']:.2f} x {other}" for other in ("plain", "fine_tune") if other in found)
+        print(f"{way:16} {found[way]['peak'] / 1e6:7.0f} MB, {own / 1e6:7.0f} MB without the teacher's weights: {listed}")
+    ratios = {f"ratio_to_{way}": found["logit_kd"]["peak"] / found[way]["peak"] for way in ("plain", "fine_tune")}
     result = {
         "vocabulary": VOCABULARY, "length": LENGTH, "hidden": options.hidden, "layers": options.layers, "bytes": found,
-        "ratio_to_plain": ratio, "bar": BAR, "torch": torch.__version__, "python": platform.python_version(),
+        **ratios, "bar": BAR, "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{ratio:.2f} x plain fine-tuning, with everything; the bar is {BAR}")
-    return ratio > BAR
+    listed = ", ".join(f"{ratio:.2f} ({name})" for name, ratio in ratios.items())
+    print(f"distillation with everything: {listed}; the bar is {BAR}")
+    return max(ratios.values()) > BAR
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compress.weights import Dense, LowRank, Masked, Sum, Weight
+from compress.weights import Affine, Dense, LowRank, Masked, Sum, Weight
 from compress.weights.composed import unmasked
 
 
@@ -58,8 +58,12 @@ class Adapted(Weight):
         if isinstance(unmasked(self.base), Dense):
             values = Dense(self.dense(torch.float32).to(self.dtype))
             return values if self.mask is None else Masked(values, self.mask)
+        return self.beside()
+
+    def beside(self) -> Sum:
+        """The base as it is, and its change. Raises ValueError where the base has a mask."""
         if self.mask is not None:
-            raise ValueError("a change beside a grid would fill the zeros of its mask")
+            raise ValueError("a change beside a matrix would fill the zeros of its mask")
         parts = self.base.parts if isinstance(self.base, Sum) else (self.base,)
         return Sum((*parts, self.change()))
 
@@ -96,3 +100,33 @@ class Corrected(Adapted):
 
     def parameters(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
+
+
+@dataclass(frozen=True)
+class Pooled(Adapted):
+    """An integer grid and ``up @ down`` times the sums of its input groups: ``base.dense() + (up @ down)`` repeated over each
+    group, which is what zero-points do (QA-LoRA, 2309.14717). down: (rank, groups), up: (out, rank)."""
+
+    base: Affine
+    down: Tensor
+    up: Tensor
+
+    @classmethod
+    def start(cls, base: Affine, rank: int, generator: torch.Generator) -> Pooled:
+        """No change at first; see :meth:`Corrected.start`."""
+        n_outputs, n_groups = base.scale.shape
+        begun = Corrected.start(Dense(base.scale), min(rank, n_outputs, n_groups), generator)
+        return cls(base, begun.down / (base.shape[1] // n_groups) ** 0.5, begun.up)
+
+    def change(self) -> Dense:
+        product = self.up.float() @ self.down.float()
+        return Dense(product.repeat_interleave(self.shape[1] // product.shape[1], dim=1).to(self.up.dtype))
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"down": self.down, "up": self.up}
+
+    def merged(self) -> Affine:
+        """The grid with other zero-points. Where a scale is 0 there is nothing to move."""
+        scale = self.base.scale.float()
+        shift = torch.where(scale == 0, 0, self.up.float() @ self.down.float() / torch.where(scale == 0, 1, scale))
+        return replace(self.base, zero=(self.base.zero.float() - shift).to(self.base.scale.dtype))

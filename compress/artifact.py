@@ -36,13 +36,18 @@ def write_artifact(destination: Path, skeleton: Skeleton, streamed: Streamed, st
     write_text(destination / "config.json", json.dumps(artifact_config(skeleton, streamed), indent=2) + "\n")
     checkpoint.copy_companions(destination)
     if streamed.reshaped or checkpoint.structure:
-        for own, name in {"loader.py": "modeling_compress.py", **{each: each for each in CARRIED}}.items():
-            shutil.copyfile(Path(__file__).with_name(own), destination / name)
+        copy_loader(destination)
     manifest = complete(manifest, skeleton, streamed)
     manifest.nbytes = sum(file.stat().st_size for file in files)
     manifest.weights_digest = digest_files(files)
     manifest.write(destination)
     return manifest
+
+
+def copy_loader(destination: Path) -> None:
+    """Put the code there that opens modules which transformers does not know."""
+    for own, name in {"loader.py": "modeling_compress.py", **{each: each for each in CARRIED}}.items():
+        shutil.copyfile(Path(__file__).with_name(own), destination / name)
 
 
 def artifact_config(skeleton: Skeleton, streamed: Streamed) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from compress.gates import Checked, Gates, missed
 from compress.manifest import Manifest, Step, installed_versions
 from compress.passes import Pass, StreamPass
 from compress.plan import Plan, make_plan
-from compress.processes import carry_out
+from compress.processes import asks_for_shares, carry_out
 from compress.progress import Progress, silent
 from compress.recipe import Calibration, Evaluation, Recipe
 from compress.records import Streamed
@@ -246,6 +246,9 @@ class _Run:
         """Everything that can be wrong with the request, before any compute; returns the calibration windows."""
         check_output(self.out, self.overwrite)
         check_device(self.recipe.device)
+        for step in self.recipe.passes:
+            if isinstance(step, TrainPass):
+                asks_for_shares(step)
         skeleton = Skeleton(self.checkpoint)
         skeleton.check()
         check_targets([step for step in self.recipe.passes if isinstance(step, StreamPass)], skeleton.linear_names())

@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from compress.errors import BadInput, CompressError
 from compress.progress import Progress, silent
+from compress.train_pass import TrainPass
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class _Crew:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """All processes in one group, as a launcher's processes are."""
-        with _environment(self.launched):
+        with environment(self.launched):
             own = not distributed.is_initialized()
             if own:
                 distributed.init_process_group(
@@ -82,13 +83,16 @@ def is_helper() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
 
 
-def refuse_sharding() -> None:
-    """Raise :class:`BadInput` where the launcher asks for parameters to be split among processes."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+def asks_for_shares(step: TrainPass) -> bool:
+    """Whether the launcher asks for parameters to be split among processes while they train. Raises :class:`BadInput` where a
+    pass cannot be trained so."""
+    asks = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asks and step.writes:
         raise BadInput(
-            "FSDP would split the parameters from which training rebuilds matrices, and is not supported; launch with "
-            "`accelerate launch --multi_gpu`, where every process has the whole model"
+            f"{step.label()}: FSDP splits parameters among processes that compute in step, and here each has a model write texts "
+            "of its own; launch with `accelerate launch --multi_gpu`, where every process has the whole model"
         )
+    return asks
 
 
 def carry_out(run: Callable[[], T], device: str) -> T:
@@ -99,7 +103,6 @@ def carry_out(run: Callable[[], T], device: str) -> T:
     global _crew
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _crew is not None:
         return run()
-    refuse_sharding()
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     _crew = _Crew(device)
@@ -120,7 +123,7 @@ def together(function: Callable[..., T], *arguments: Any, progress: Progress) ->
 
 def _lead(crew: _Crew, run: Callable[[], T]) -> T:
     try:
-        with _environment(dict.fromkeys(_LAUNCHED_BY)):
+        with environment(dict.fromkeys(_LAUNCHED_BY)):
             result = run()
     except BaseException:
         crew.tell(None)
@@ -142,7 +145,7 @@ def _serve(crew: _Crew) -> Any:
 
 
 @contextmanager
-def _environment(values: dict[str, Any]) -> Iterator[None]:
+def environment(values: dict[str, Any]) -> Iterator[None]:
     """With other environment variables for a while; None: without."""
     before = {name: os.environ.get(name) for name in values}
     try:

@@ -28,12 +28,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from compress.allocator import give_back_large_blocks
 from compress.errors import BadInput, CompressError
-from compress.processes import refuse_sharding
+from compress.processes import asks_for_shares, environment
 from compress.progress import RESUMED, Progress
 from compress.rollouts import Rollouts
+from compress.sharding import as_shared, sharded, whole
 from compress.signals import check_head, signal_of
 from compress.teacher import CachedTeacher
 from compress.train_pass import Batch, TrainPass
@@ -101,6 +104,7 @@ def train(
     if not len(used) or tokens.shape[1] < 2:
         raise BadInput(f"{step.method()} predicts a token from those before it: tokens {tuple(tokens.shape)} hold none")
     directory.mkdir(parents=True, exist_ok=True)
+    give_back_large_blocks()
     state = StateFile(directory / STATE_FILE, fingerprint(weights, tokens, counted, step, seed), save_every)
     with ExitStack() as stack:
         accelerator = stack.enter_context(_accelerator(torch.device(device)))
@@ -115,8 +119,10 @@ def train(
             stack.enter_context(_borrowed(teacher, place))
             check_head(teacher, tokens[:1, :8].to(place))
         objective = _Objective(student, teacher, step, tokens[:1, :8].to(place))
-        loop = _Loop(accelerator, objective, Batch(tokens, counted, rows=used, tasks=tasks), seed, state, progress)
-        past = loop.run()
+        _open(_parameter_groups(student, step))
+        shares = accelerator.num_processes > 1 and asks_for_shares(step)
+        with sharded(objective, accelerator.num_processes, place) if shares else nullcontext():
+            past = _Loop(accelerator, objective, Batch(tokens, counted, rows=used, tasks=tasks), seed, state, progress).run()
         trained = {name: _settled(step, name, layer.trained()) for name, layer in layers.items()}
     for name, weight in trained.items():
         if spec_of(weight) == spec_of(weights[name]):
@@ -202,7 +208,9 @@ class _Loop:
         self.batches = _batches(data.rows[order[n_held_out:].sort().values], self.step, seed, accelerator)
         settings: Any = DistributedDataParallelKwargs(find_unused_parameters=objective.aids is not None)
         accelerator.ddp_handler = settings
-        self.model, self.optimizer = accelerator.prepare(objective, self.trainee.optimizer)
+        self.model, self.optimizer = objective, self.trainee.optimizer
+        if not isinstance(objective, FSDPModule):
+            self.model, self.optimizer = accelerator.prepare(objective, self.trainee.optimizer)
 
     def run(self) -> Past:
         """Train to the end; the student is left with the parameters to keep."""
@@ -217,13 +225,13 @@ class _Loop:
             if len(self.held_out) and (done % step.evaluate_every == 0 or done == step.steps):
                 self._measure()
             is_last = done == step.steps or past.stands_still(step.patience)
-            if self.accelerator.is_main_process and (done % self.state.save_every == 0 or is_last):
-                self.state.save(self.trainee, past)
+            if done % self.state.save_every == 0 or is_last:
+                self.state.save(self.trainee, past, self.accelerator.is_main_process)
             held_out = f", held out {past.held_out[-1][1]:.4f}" if past.held_out else ""
             self.progress(done, step.steps, f"loss {past.losses[-1]:.4f}{held_out}")
         with torch.no_grad():
             for name, value in past.best.items():
-                self.trainee.parameters[name].copy_(value)
+                self.trainee.parameters[name].copy_(as_shared(value, self.trainee.parameters[name]))
         return past
 
     def _train(self) -> float:
@@ -238,12 +246,12 @@ class _Loop:
         loss = self._number(0)
         for number, part in enumerate(parts, 1):
             share = len(part.targets) / n_predicted
-            with accelerator.no_sync(self.model) if number < len(parts) else nullcontext():
+            with accelerator.no_sync(self.model) if number < len(parts) else nullcontext(), accelerator.autocast():
                 part_loss = self.model(part) * share
                 accelerator.backward(part_loss * accelerator.num_processes)  # whose gradients are averaged
             loss += part_loss.detach()
         mean_loss = float(accelerator.reduce(loss, "sum"))  # type: ignore[arg-type]
-        norm = float(accelerator.clip_grad_norm_(self.trainee.parameters.values(), self.step.gradient_clip))  # type: ignore
+        norm = float(whole(accelerator.clip_grad_norm_(self.trainee.parameters.values(), self.step.gradient_clip)))  # type: ignore
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise CompressError(
                 f"{self.step.method()}: loss {mean_loss:g}, gradient norm {norm:g} at step {index + 1} of {self.step.steps}; "
@@ -256,19 +264,24 @@ class _Loop:
     @torch.no_grad()
     def _measure(self) -> None:
         """The mean loss over the tokens of the held-out windows, of which every process takes some: on the text as it is, and as
-        in the last step, so that measurements can be compared whatever a pass does in between."""
+        in the last step, so that measurements can be compared whatever a pass does in between.
+
+        Processes that share parameters compute equally often: one for which nothing is left repeats what then does not count."""
         accelerator, done = self.accelerator, len(self.past.losses)
-        own = self.held_out[accelerator.process_index :: accelerator.num_processes]
+        parts = self.held_out.split(self.batches.shape[-1])
         total, n_predicted = self._number(0), self._number(0)
-        for rows in own.split(self.batches.shape[-1]):
-            part = self._batch(rows, self.step.steps - 1)
+        for first in range(0, len(parts), accelerator.num_processes):
+            index = first + accelerator.process_index
+            part = self._batch(parts[min(index, len(parts) - 1)], self.step.steps - 1)
             with accelerator.autocast():
-                total += self.objective(part) * len(part.targets)
-            n_predicted += len(part.targets)
+                loss = self.objective(part)
+            if index < len(parts):
+                total += loss * len(part.targets)
+                n_predicted += len(part.targets)
         total, n_predicted = accelerator.reduce(total, "sum"), accelerator.reduce(n_predicted, "sum")
         is_best = self.past.measured(done, float(total / n_predicted))  # type: ignore[operator]
         if is_best and self.step.patience:
-            self.past.best = {name: value.detach().to("cpu", copy=True) for name, value in self.trainee.parameters.items()}
+            self.past.best = {name: whole(value.detach()).to("cpu", copy=True) for name, value in self.trainee.parameters.items()}
 
     def _batch(self, rows: Tensor, index: int) -> Batch:
         tokens, counted, tasks = (
@@ -304,7 +317,7 @@ def _batches(rows: Tensor, step: TrainPass, seed: int, accelerator: Accelerator)
 
 
 def _parameter_groups(student: nn.Module, step: TrainPass) -> list[dict[str, Any]]:
-    """AdamW's groups of what ``step.trains`` names, asking for its gradients; norms and biases have one dimension.
+    """AdamW's groups of what ``step.trains`` names; norms and biases have one dimension.
 
     Adam moves every parameter by about the learning rate. A move of a scale is multiplied by codes up to 2**(bits-1),
     so with a "share" of 2**(1-bits) of the rate no weight moves faster than one that is trained directly.
@@ -316,14 +329,17 @@ def _parameter_groups(student: nn.Module, step: TrainPass) -> list[dict[str, Any
         if step.trains_layer(name) and (step.trains != "factors" or name.startswith(tuple(f"{each}." for each in factors))):
             for _, master, share in filter(lambda each: step.trains_parameter(each[0]), layer.shares()):
                 groups.append({"params": [master], "share": share, "weight_decay": step.weight_decay if share == 1 else 0.0})
-    masters = {master for group in groups for master in group["params"]}
     every_master = {master for layer in layers.values() for master in layer.masters}
     dimensions = {"scales": (), "factors": (), "weights": (), "blocks": (1,), "everything": (0, 1, 2, 3)}[step.trains]
     rest = [value for value in student.parameters() if value not in every_master and value.dim() in dimensions]
-    for parameter in chain(masters, rest):
+    return [*groups, {"params": rest, "share": 1.0, "weight_decay": 0.0}]
+
+
+def _open(groups: list[dict[str, Any]]) -> None:
+    """Ask for the gradients of these parameters."""
+    for parameter in chain.from_iterable(group["params"] for group in groups):
         parameter.data = parameter.data.clone()  # a loader may have given both models the same memory
         parameter.requires_grad_(True)
-    return [*groups, {"params": rest, "share": 1.0, "weight_decay": 0.0}]
 
 
 @contextmanager
@@ -347,12 +363,13 @@ def _accelerator(device: torch.device) -> Iterator[Accelerator]:
     """An Accelerator, and no trace of it: accelerate's process-wide dictionaries are put back afterwards."""
     shared = [state._shared_state for state in (AcceleratorState, PartialState, GradientState)]
     before = [dict(state) for state in shared]
-    refuse_sharding()
     try:
         for state in shared:
             state.clear()
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no"
-        yield Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)
+        with environment({"ACCELERATE_USE_FSDP": None}):  # its way cannot split a student and its teacher at once
+            accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, device_placement=False)
+        yield accelerator
     finally:
         for state, values in zip(shared, before, strict=True):
             state.clear()

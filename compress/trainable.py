@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from compress.activations import rounded
-from compress.arch import architecture
+from compress.sharding import decoder_blocks, whole
 from compress.train_pass import TrainPass
 from compress.weights import Composed, Dense, LowRank, Masked, Weight
 from compress.weights.composed import unmasked
@@ -40,7 +40,7 @@ class TrainableLinear(nn.Module):
     @property
     def values(self) -> Tensor | None:
         """The matrix as trained by now, (out, in) float32; None where it is on a grid or made of parts."""
-        return self.masters[0].detach() if isinstance(unmasked(self.original), Dense) else None
+        return whole(self.masters[0].detach()) if isinstance(unmasked(self.original), Dense) else None
 
     def choose(self, mask: Tensor) -> None:
         """Train under another mask; what earlier passes removed stays removed."""
@@ -129,7 +129,7 @@ def recomputed_blocks(model: Any) -> Iterator[None]:
 
     The library's own way works in training mode only.
     """
-    blocks = list(model.get_submodule(architecture(model.config.get_text_config().model_type).blocks))
+    blocks = decoder_blocks(model)
     own = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = _recomputed(block.forward)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from compress.sharding import as_shared, whole
 from compress.train_pass import TrainPass
 from compress.trainable import TrainableLinear
 from compress.weights import Weight
@@ -68,11 +69,13 @@ class StateFile(NamedTuple):
     fingerprint: str
     save_every: int
 
-    def save(self, trainee: Trainee, past: Past) -> None:
-        """Write what the next step depends on."""
-        tensors = {f"parameter/{name}": value.detach() for name, value in trainee.parameters.items()}
+    def save(self, trainee: Trainee, past: Past, writes: bool) -> None:
+        """Write what the next step depends on. All processes call it, of which one ``writes``."""
+        tensors = {f"parameter/{name}": whole(value.detach()) for name, value in trainee.parameters.items()}
         for name, value in trainee.parameters.items():
-            tensors |= {f"{key}/{name}": moment for key, moment in trainee.optimizer.state.get(value, {}).items()}
+            tensors |= {f"{key}/{name}": whole(moment) for key, moment in trainee.optimizer.state.get(value, {}).items()}
+        if not writes:
+            return
         tensors |= {f"mask/{name}": layer.chosen for name, layer in trainee.layers.items() if layer.chosen is not None}
         tensors |= {f"best/{name}": value for name, value in past.best.items()}
         tensors |= {f"memory/{name}": value.contiguous() for name, value in past.memory.items()}
@@ -104,10 +107,10 @@ class StateFile(NamedTuple):
                 elif kind == "memory":
                     past.memory[name] = tensor.to(next(iter(trainee.parameters.values())).device)
                 elif kind == "parameter":
-                    trainee.parameters[name].copy_(tensor)
+                    trainee.parameters[name].copy_(as_shared(tensor, trainee.parameters[name]))
                 else:  # AdamW keeps its step counts, scalars, on the CPU
                     parameter = trainee.parameters[name]
-                    trainee.optimizer.state[parameter][kind] = tensor.to(parameter.device) if tensor.dim() else tensor
+                    trainee.optimizer.state[parameter][kind] = as_shared(tensor, parameter) if tensor.dim() else tensor
         return past
 
 

@@ -4,7 +4,7 @@
 A compressed model has lost little that many parameters would be needed for, and AdamW keeps two numbers for each of them: with
 rank 8 that is some hundredth of what training all weights takes. Pruned weights stay pruned (the change is masked while it
 is trained, as in LoRAPrune, 2305.18403), factors of low-rank layers keep their rank, and beside a grid the change stays what it
-is, as in INT2.1 (2306.08162), or moves the grid's zero-points (QA-LoRA, 2309.14717).
+is, as in INT2.1 (2306.08162), or ends in the grid's zero-points (QA-LoRA, 2309.14717).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from compress.adapted import Adapted, Corrected
+from compress.adapted import Adapted, Corrected, Pooled
 from compress.distill.logit_kd import LogitKD
 from compress.passes import Taxon
 from compress.weights import Affine, Dense, Quantized, Weight
@@ -25,10 +25,11 @@ class LoRA(LogitKD):
     """Low-rank changes, trained towards the uncompressed model's predictions by the loss of ``logit_kd``.
 
     Dense matrices take the change up, and so do the kept weights of masked ones and the factors of low-rank ones: they
-    take as many bytes as before. A matrix on a grid keeps the change beside it (``grids=beside``, at 16 bits per factor entry),
-    or lets integer grids have their zero-points moved by fractions (``grids=zeros``): those are the numbers that QA-LoRA's
-    changes end in, so they are trained themselves, without a rank. A masked grid has neither, and one that rounds its inputs
-    neither: of these the scales are trained.
+    take as many bytes as before; with ``merge=false`` they keep it beside them, and ``compress export --to peft`` makes an
+    adapter of it. A matrix on a grid keeps the change beside it (``grids=beside``, at 16 bits per factor entry), or lets integer
+    grids have their zero-points moved by fractions: by a change of the given rank in the sums of the inputs that share a scale,
+    as in QA-LoRA (``grids=pooled``), or freely, since those are the numbers that such changes end in (``grids=zeros``). A masked
+    grid has neither, and one that rounds its inputs neither: of these the scales are trained.
     """
 
     taxon: ClassVar[Taxon] = Taxon.WHITE_BOX
@@ -39,18 +40,22 @@ class LoRA(LogitKD):
     trains: Literal["weights", "blocks", "everything"] = Field(
         "weights", description="weights: the changes alone; blocks: norms and biases too; everything: embeddings and head too"
     )
-    grids: Literal["beside", "zeros"] = Field("beside", description="where the change of a matrix on a grid goes")
+    grids: Literal["beside", "pooled", "zeros"] = Field("beside", description="where the change of a matrix on a grid goes")
+    merge: bool = Field(True, description="let dense matrices take up their change; false: it stays beside, for export to peft")
 
     def adapt(self, weight: Weight, generator: torch.Generator) -> Weight:
         inner = unmasked(weight)
         if (weight.mask is not None and not isinstance(inner, Dense)) or getattr(inner, "inputs", None):
             return weight
-        if self.grids == "zeros" and isinstance(inner, Quantized | Affine):
-            return _with_fractional_zeros(inner)
+        if self.grids != "beside" and isinstance(inner, Quantized | Affine):
+            grid = _with_fractional_zeros(inner)
+            return grid if self.grids == "zeros" else Pooled.start(grid, self.rank, generator)
         return Corrected.start(weight, min(self.rank, *weight.shape), generator)
 
     def settle(self, weight: Weight) -> Weight:
-        return weight.merged() if isinstance(weight, Adapted) else weight
+        if not isinstance(weight, Adapted):
+            return weight
+        return weight.merged() if self.merge or isinstance(weight, Pooled) else weight.beside()
 
     def outline(self, weight: Weight) -> Weight:
         return self.settle(self.adapt(weight, torch.Generator()).map(lambda tensor: tensor.to("meta")))

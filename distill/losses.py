@@ -24,7 +24,7 @@ from compress.train_pass import Signal
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(student logits, teacher logits), both (tokens, vocabulary) -> (tokens,)."""
 
-_LOGITS = 10_000_000  # that exist at one time, in four bytes each
+_LOGITS = 10_000_000  # of both models together that exist at one time, in four bytes each
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -105,8 +105,8 @@ def per_token(
     function, and some models cap their logits.
 
     chunk: tokens at a time; changes memory and speed, and the values by rounding at the most. None: as many as have logits of 40
-    MB; where these are all there is nothing to recompute. On a CPU smaller chunks do not pay: glibc's heap fragments under
-    blocks below 32 MiB, and keeps what chunking has freed.
+    MB, those of both models counted, so that a teacher makes chunks shorter and not the memory larger; where these are all
+    there is nothing to recompute.
     Returns (tokens, ...). Raises ValueError when the numbers of tokens differ.
     """
     counts = [len(student.hidden), *([] if teacher is None else [len(teacher.hidden)]), *map(len, rows)]
@@ -115,7 +115,7 @@ def per_token(
 
     if chunk is None:
         with torch.no_grad():
-            chunk = max(1, _LOGITS // student.head(student.hidden[:1]).numel())
+            chunk = max(1, _LOGITS // sum(one.head(one.hidden[:1]).numel() for one in (student, teacher) if one is not None))
 
     def of_chunk(hidden: Tensor, *others: Tensor) -> Tensor:
         if teacher is None:

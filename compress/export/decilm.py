@@ -9,6 +9,7 @@ for all blocks.
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,12 @@ _MULTIPLE = 256
 @torch.no_grad()
 def export(source: Path, out: Path, *, overwrite: bool = False) -> Path:
     """Write ``source`` into ``out``, block by block. Raises BadInput where ``out`` exists or the format cannot hold the model."""
-    code = [Path(__file__).with_name("configuration_decilm.py")]
-    return dense.write("decilm", source, out, _config, _block, overwrite=overwrite, code=code)
+    code = Path(__file__).with_name("configuration_decilm.py")
+
+    def beside(_: Skeleton, directory: Path) -> None:
+        shutil.copyfile(code, directory / code.name)
+
+    return dense.write("decilm", source, out, _config, _block, overwrite=overwrite, beside=beside)
 
 
 def padded(n_neurons: int) -> int:

@@ -8,8 +8,7 @@ rounding of inputs and of the KV cache where the artifact has it.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,11 @@ def export(source: Path, out: Path, *, overwrite: bool = False) -> Path:
 
 def write(
     name: str, source: Path, out: Path, config: Callable[[Skeleton], dict[str, Any]],
-    block: Callable[[Skeleton, int], dict[str, torch.Tensor]], *, overwrite: bool, code: Sequence[Path] = (),
+    block: Callable[[Skeleton, int], dict[str, torch.Tensor]], *, overwrite: bool,
+    beside: Callable[[Skeleton, Path], object] = lambda skeleton, directory: None,
 ) -> Path:  # fmt: skip
     """Write a checkpoint of that format block by block: config makes its ``config.json``, or raises BadInput for what does not
-    fit; block the tensors of a block, by full name. code: files that go with it."""
+    fit; block the tensors of a block, by full name. beside: writes into the directory what else belongs to it."""
     checkpoint = Checkpoint(source)
     check_not_source(out, source)
     skeleton = Skeleton(checkpoint)
@@ -53,8 +53,7 @@ def write(
         store.assemble(parts, artifact)
         write_text(artifact / "config.json", json.dumps(described, indent=2) + "\n")
         checkpoint.copy_companions(artifact)
-        for file in code:
-            shutil.copyfile(file, artifact / file.name)
+        beside(skeleton, artifact)
         workspace.publish(artifact, out)
     return out
 

@@ -73,6 +73,31 @@ def test_zero_points_take_the_change_of_an_integer_grid(weight):
     assert "zero" in adapted.parameters() and step.settle(moved(adapted)).nbytes == adapted.nbytes
 
 
+@pytest.mark.parametrize("weight", [grid(), grid(zero_points=True)], ids=["symmetric", "zero_points"])
+def test_a_pooled_change_ends_in_the_zero_points(weight):
+    """QA-LoRA: the change is a map of the sums of each group's inputs, of low rank, and merges exactly."""
+    step = LoRA(grids="pooled", rank=1)
+    adapted = step.adapt(weight, DRAW)
+    torch.testing.assert_close(adapted.dense(), weight.dense())
+    assert {name: value.shape for name, value in adapted.parameters().items()} == {"down": (1, 2), "up": (12, 1)}
+    trained = moved(adapted)
+    inputs = torch.randn(5, 16, generator=DRAW)
+    pooled = inputs.unflatten(1, (2, 8)).sum(-1) @ trained.down.T @ trained.up.T
+    torch.testing.assert_close(inputs @ trained.dense().T, inputs @ weight.dense().T + pooled)
+    merged = step.settle(trained)
+    assert isinstance(merged, Affine) and torch.equal(merged.codes, weight.codes) and torch.equal(merged.scale, weight.scale)
+    torch.testing.assert_close(merged.dense(), trained.dense())
+    assert step.outline(weight.map(lambda tensor: tensor.to("meta"))).nbytes == merged.nbytes
+
+
+def test_a_change_that_is_not_merged_stays_beside_a_dense_matrix():
+    step = LoRA(merge=False, rank=2)
+    merged = step.settle(moved(step.adapt(Dense(matrix()), DRAW)))
+    assert isinstance(merged, Sum) and isinstance(merged.parts[1], LowRank) and merged.parts[1].rank == 2
+    with pytest.raises(ValueError, match="fill the zeros"):
+        step.outline(FORMS["masked"]())
+
+
 def test_what_can_take_no_change_stays():
     masked = grid().masked(matrix() > 0)
     assert LoRA().adapt(masked, DRAW) is masked

@@ -1,0 +1,59 @@
+"""Blocks that are computed again in the backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from compress.trainable import recomputed_blocks
+from tests.training import SHAPE, TOKENS, compressed, fit, low_rank, make
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return make(LlamaConfig(**SHAPE, attention_bias=True))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return TOKENS
+
+
+def saved_bytes(work) -> int:
+    """Of all tensors that are kept for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt", "gpt_neox", "qwen3", "mistral"])
+def test_recomputed_blocks_give_the_same_gradients_for_less_memory(family, tokens, make_checkpoint, reload):
+    model = reload(make_checkpoint(family))
+
+    def gradients() -> list[Tensor | None]:
+        model.zero_grad()
+        model(input_ids=tokens[:2], use_cache=False).logits.square().mean().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected, memory = gradients(), saved_bytes(lambda: model(input_ids=tokens[:2], use_cache=False).logits)
+    with recomputed_blocks(model):
+        found, less = gradients(), saved_bytes(lambda: model(input_ids=tokens[:2], use_cache=False).logits)
+    assert all(ours is theirs or torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert less < 0.5 * memory
+    assert saved_bytes(lambda: model(input_ids=tokens[:2], use_cache=False).logits) == memory
+
+
+def test_training_with_recomputed_blocks_is_the_same(llama, tokens, tmp_path):
+    results = []
+    for number, checkpointing in enumerate((False, True)):
+        student, weights = compressed(llama, low_rank)
+        results.append(fit(student, weights, llama, tokens, tmp_path / str(number), steps=4, checkpointing=checkpointing))
+    assert results[0].history == results[1].history and results[0].held_out == results[1].held_out
