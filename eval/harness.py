@@ -208,8 +208,15 @@ def language_model(
 
 def _load(evaluation: EvaluationSettings, manager: TaskManager) -> Any:
     """The requested tasks, with their data, ready to run."""
+    names = _requested(evaluation.tasks, manager)
     with _quiet(logging.ERROR), redirect_stdout(sys.stderr), local_data(evaluation.task_data):
-        loaded = manager.load(list(_requested(evaluation.tasks, manager)))
+        try:
+            loaded = manager.load(list(names))
+        except (OSError, ValueError):  # these say what is wrong
+            raise
+        except Exception as error:  # of templates, of libraries that read data: an empty file is a bare StopIteration
+            told = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise ValueError(f"{', '.join(names)}: a task or its data cannot be read, or are empty ({told})") from error
     with _quiet(logging.WARNING):
         for name, task in loaded["tasks"].items():
             _set_shots(task, evaluation)

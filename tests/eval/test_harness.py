@@ -112,3 +112,22 @@ def test_numbers_are_those_of_the_command_line_of_lm_eval(model_directory, model
     scores = evaluate(model, tokenizer, replace(settings, n_shot=2, limit=10), device="cpu").scores
     for name, score in scores.items():
         assert score.metrics == {key: rows[name][f"{key},none"] for key in score.metrics}
+
+
+@pytest.mark.parametrize("rows", ["", '{"choices": ["a"], "answer": 0}\n'])
+def test_tasks_that_cannot_be_read_are_named(model, tokenizer, settings, tmp_path, rows):
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "odd.yaml").write_text(f"""
+task: odd
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question.nowhere.else}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+""")
+    odd = replace(settings, tasks=("odd",), include=(str(tmp_path),))
+    with pytest.raises(ValueError, match="odd: a task or its data cannot be read, or are empty"):
+        evaluate(model, tokenizer, odd, device="cpu")
