@@ -35,6 +35,7 @@ from compress.recipe import Calibration
 RESULTS = Path(__file__).parent / "results" / "quantizers.json"
 MARKS = ("<!-- quantizers -->", "<!-- /quantizers -->")
 COMPANIONS = {
+    "e2e_qp": ["block_ap:bits=2,group_size=64", "e2e_qp"],
     "embeddings": ["embeddings:bits=8"],
     "kv_cache": ["kv_cache"],
     "lorc": ["gptq:bits=3", "lorc"],
@@ -45,7 +46,10 @@ BASELINES = [
     ["gptq:bits=3"], ["rtn:bits=3"], ["gptq:bits=3,group_size=64"], ["gptq:bits=2,group_size=64"], ["rtn:bits=2,group_size=64"],
     ["rtn:bits=8,group_size=-1,activations=int8"],
 ]  # fmt: skip
-TRAINED = [["autoround:bits=2,group_size=64"], ["omniquant:bits=2,group_size=64"], ["awq:bits=3"], ["quip:bits=2"]]
+TRAINED = [
+    ["autoround:bits=2,group_size=64"], ["block_ap:bits=2,group_size=64"], ["omniquant:bits=2,group_size=64"], ["awq:bits=3"],
+    ["quip:bits=2"],
+]  # fmt: skip
 LOADS = {
     "native": "any transformers",
     "native-quantized": "transformers + compressed-tensors, vLLM",

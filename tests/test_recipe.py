@@ -163,7 +163,7 @@ def test_fingerprint_does_not_depend_on_judgement_or_places(change: dict):
     assert Recipe.parse(CONTENT | change).fingerprint() == Recipe.parse(CONTENT).fingerprint()
 
 
-@pytest.mark.parametrize("name", ["w4", "w3", "sparse-w4", "low-rank-w4", "recovered-2-4"])
+@pytest.mark.parametrize("name", ["w4", "w3", "sparse-w4", "low-rank-w4", "recovered-2-4", "efficient-qat", "llm-qat"])
 def test_presets(name: str):
     recipe = Recipe.load(name)
     assert recipe.passes and Recipe.parse(yaml.safe_load(recipe.dump())) == recipe
