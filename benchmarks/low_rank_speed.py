@@ -3,9 +3,9 @@
 A random Llama is factorised at several ratios, each artifact is opened as a user opens it, and all models take turns in one
 process on the same tokens, as in ``pruned_speed.py``, whose functions these are. Time ratios are medians over the rounds of
 processor time dense / factorised: above 1 is faster. Beside them stands the same ratio of multiply-adds, for prefill, and of the
-bytes of the weights, for decoding: a step for one sequence reads each once. The chain of tensors of CompactifAI is there to show that
-it is multiplied out: it computes as the dense model does. Bar: where the multiply-adds fall by more than a quarter, prefill and
-decode are faster than dense; exit status 1 where not.
+bytes of the weights, for decoding: a step for one sequence reads each once. The chain of tensors of CompactifAI is there to show
+that it is multiplied out: it computes as the dense model does. Bar: where the multiply-adds fall by more than a quarter, prefill
+and decode are faster than dense; exit status 1 where not.
 
     python benchmarks/low_rank_speed.py
 """

@@ -3,7 +3,8 @@
 A random Llama is pruned by the real passes, each artifact is opened as a user opens it, and all models take turns in one process
 on the same tokens, so that what else the machine does falls on all alike; times are the processor's, for what does not. Time
 ratios are medians over the rounds of time pruned / time dense; beside them stands the ratio of their multiply-adds, and
-decoding's of their bytes: a step for one sequence reads every weight once and is bound by that. Bar: prefill's time follows the multiply-adds within 25 %; exit status 1 where not.
+decoding's of their bytes: a step for one sequence reads every weight once and is bound by that. Bar: prefill's time follows the
+multiply-adds within 25 %; exit status 1 where not.
 
     python benchmarks/pruned_speed.py
 """

@@ -2,10 +2,10 @@
 
 The procedure: with the dense model in memory, the Gram matrix of every linear layer's inputs, each layer for itself; then, layer
 by layer, its Cholesky factor S in float64 (a shift by the least eigenvalue where there is none), the singular value decomposition
-of W S, the rank floor(ratio m n / (m + n)), and W_u = U sqrt(s), W_v = sqrt(s) V^T S^-1 with the inverse of S. Gram matrices and
-decompositions are float64, or, the faster, float32. compress is run as a user runs it, at its defaults, which differ: inputs come
-from the blocks compressed so far, layers that share an input share its statistics, and neither a singular value decomposition nor
-an inverse is needed.
+of W S, the rank floor(ratio m n / (m + n)), and W_u = U sqrt(s), W_v = sqrt(s) V^T S^-1 with the inverse of S. The published
+code sums Gram matrices and decomposes W S in float32, and factors and inverts in float64: "float32" below. "float64" is all of
+it in the precision in which compress works. compress is run as a user runs it, at its defaults, which differ: layers that share
+an input share its statistics, and neither a singular value decomposition nor an inverse is needed.
 
 Quality: held-out perplexity of trained models, on the same calibration tokens, against float64. Time: a random Llama (hidden
 1024, intermediate 2816), seconds from the loaded model to its factors for the procedure, and from the checkpoint on disk to the

@@ -16,7 +16,7 @@ from compress.budget import fill
 
 _LEAST_KEPT = 0.02  # of a matrix, where the types' rule would remove it all
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_LEVEL = 3.0  # logarithm that the least loss of a type is given: see by_type
+_LEAST_LOGARITHM = 3.0  # of a loss: see by_type
 _NOTHING = 1e-12  # of a layer's energy
 
 
@@ -80,9 +80,12 @@ def by_threshold(layers: Sequence[Layer], budget: int, round_to: int = 1) -> lis
 def by_type(layers: Sequence[Layer], budget: int, round_to: int = 1) -> list[int | None]:
     """SVD-LLM v2's rule: of each type's layers the share removed goes as 1 / log(loss), its mean being the same for all types.
 
-    The loss is the root of the energy that a layer would lose if all were cut alike. Its logarithm depends on its unit, and
-    may be zero or negative: the unit is chosen so that the least of a type has the logarithm 3, a choice of ours, so that
-    neither the number of tokens nor the scale of the weights matters.
+    The loss is the root of the energy that a layer would lose if all were cut alike: the norm of what changes in its outputs on
+    all calibration tokens, as published. Its logarithm depends on that unit, and may be zero or negative: where the least of a
+    type is below 3, a choice of ours, the unit is smaller, so that it is 3.
+
+    An absolute loss is no importance: in the first blocks outputs are small, and so is what they are added to. There the rule
+    takes most, and does worse than one ratio for all on some models.
     """
     ratio = budget / sum(layer.size for layer in layers)
     kept = np.empty(len(layers))
@@ -90,7 +93,8 @@ def by_type(layers: Sequence[Layer], budget: int, round_to: int = 1) -> list[int
         members = [index for index, layer in enumerate(layers) if layer.type == kind]
         losses = [_loss_at(layers[index], ratio) for index in members]
         least = min((loss for loss in losses if loss > 0), default=1.0)
-        weights = np.array([1 / (_LEVEL + log(max(loss / least, 1))) for loss in losses])
+        level = max(log(least), _LEAST_LOGARITHM)
+        weights = np.array([1 / (level + log(max(loss / least, 1))) for loss in losses])
         sizes = np.array([layers[index].size for index in members])
         kept[members] = 1 - (1 - ratio) * weights * sizes.sum() / (weights * sizes).sum()
     wanted = [max(share, _LEAST_KEPT) * layer.size / sum(layer.shape) for share, layer in zip(kept, layers, strict=True)]

@@ -101,7 +101,7 @@ def test_nothing_is_factored_where_all_may_stay(rule):
 def test_scale_does_not_matter(case):
     assume(sum(least_size(layer.shape, case.round_to) for layer in case.layers) <= case.budget)
     larger = [layer._replace(spectrum=layer.spectrum * 1024.0) for layer in case.layers]
-    for rule in (by_energy, by_type, by_loss):
+    for rule in (by_energy, by_loss):
         assert rule(case.layers, case.budget, case.round_to) == rule(larger, case.budget, case.round_to)
 
 
@@ -163,6 +163,18 @@ def test_types_share_alike_and_more_is_left_where_more_would_be_lost():
         kept = [cost(layer, rank) for layer, rank in zip(layers, found, strict=True) if layer.type == kind]
         assert kept == sorted(kept, reverse=True) and kept[0] > kept[-1]
         assert sum(kept) == pytest.approx(0.5 * 3 * 120 * 120, rel=0.03)
+
+
+@pytest.mark.parametrize("logarithms, counted", [((5, 8), (5, 8)), ((-1, 2), (3, 6))])
+def test_the_share_removed_goes_as_the_inverse_logarithm_of_the_loss(logarithms, counted):
+    """In the loss's own unit, unless that is so large that logarithms are near zero, or negative."""
+    shape, ratio = (400, 400), 0.6
+    flat = [np.full(400, np.exp(2 * logarithm) / (400 - int(ratio * 200))) for logarithm in logarithms]
+    layers = [Layer(shape, spectrum, "q_proj") for spectrum in flat]
+    found = by_type(layers, int(ratio * 2 * 400 * 400))
+    removed = [1 - cost(layer, rank) / layer.size for layer, rank in zip(layers, found, strict=True)]
+    assert removed[0] / removed[1] == pytest.approx(counted[1] / counted[0], rel=0.03)
+    assert sum(removed) == pytest.approx(0.8, abs=0.01)
 
 
 def test_one_threshold_and_non_low_rank_components_stay_whole():
