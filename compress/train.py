@@ -96,7 +96,8 @@ def train(
     after the last step returns at once. The caller deletes it.
 
     Raises BadInput when the teacher is missing, batches cannot be shared or the model's head is not understood, and
-    CompressError when the loss or its gradient is not finite (the student's norms and biases are then spoilt).
+    CompressError when the loss or its gradient is not finite (the student's norms and biases are then spoilt; where processes
+    shared out parameters, these are gone).
     """
     if step.needs.teacher and teacher is None:
         raise BadInput(f"{step.method()} needs the uncompressed model as a teacher, and none was given")

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from compress.distill.logit_kd import LogitKD
 from compress.errors import BadInput
 from compress.manifest import Manifest
-from compress.processes import carry_out, is_helper
+from compress.processes import asks_for_shares, is_helper
 from compress.progress import RESUMED, Bar
 
 
@@ -46,13 +47,16 @@ def test_the_command_under_accelerate_launch_makes_what_it_makes_alone(llama, te
     assert again.returncode != 0 and again.stderr.count("exists already") == 1 and "Traceback (most recent" not in again.stdout
 
 
-def test_sharded_parameters_are_refused_before_any_work(monkeypatch):
+def test_split_parameters_are_refused_where_a_model_writes_and_before_any_work(llama, run_stages, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(BadInput, match=r"FSDP splits parameters .* --multi_gpu"):
+        run_stages(llama, ["rtn", "gkd:steps=2,batch_size=2,length=16"])
+    assert asks_for_shares(LogitKD())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert not asks_for_shares(LogitKD()) and not is_helper()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert is_helper()
-    with pytest.raises(BadInput, match="FSDP"):
-        carry_out(lambda: pytest.fail("it ran"), "cpu")
 
 
 def test_the_bar_estimates_the_time_of_what_is_going_on():

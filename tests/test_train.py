@@ -170,6 +170,13 @@ def test_bad_requests_are_refused_before_any_work(llama, tokens, tmp_path):
         fit(student, weights, llama, tokens[:, :1], tmp_path)
 
 
+def test_fewer_windows_than_a_batch_are_drawn_again(llama, tokens, tmp_path):
+    """And none of them is held out."""
+    student, weights = compressed(llama, masked)
+    result = fit(student, weights, llama, tokens[:3], tmp_path, batch_size=8, steps=5)
+    assert len(result.history) == 5 and result.history[-1] < result.history[0] and not result.held_out
+
+
 class NextToken(TrainPass):
     """A loss without a teacher."""
 

@@ -223,6 +223,24 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def test_a_teacher_makes_chunks_shorter_and_not_the_memory_larger(monkeypatch):
+    """By default the logits of both models together stay within the bound."""
+    monkeypatch.setattr("compress.distill.losses._LOGITS", 120)
+    seen: list[int] = []
+
+    def head(width: int) -> Callable[[Tensor], Tensor]:
+        return lambda hidden: hidden.new_zeros(len(hidden), width)
+
+    def note(ours: Tensor, *theirs: Tensor) -> Tensor:
+        seen.append(ours.numel() + sum(each.numel() for each in theirs))
+        return ours[:, 0]
+
+    for teacher in (None, Signal(logits(40, 2), head(20))):
+        seen.clear()
+        per_token(note, Signal(logits(40, 2), head(10)), teacher)
+        assert max(seen) == 120 and sum(seen) == 40 * (10 if teacher is None else 30)
+
+
 @pytest.mark.parametrize("divergence", [forward_kl, jsd])
 def test_memory_is_bounded_by_the_chunk_and_not_by_the_tokens(divergence):
     tokens, width, vocabulary, chunk = 64, 8, 20_000, 8
