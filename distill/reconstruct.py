@@ -61,7 +61,7 @@ class Reconstruct(BlockPass):
             others = self.others(block)
             groups = [
                 {"params": [master], "lr": share * self.learning_rate}
-                for layer in block.module.modules() if isinstance(layer, TrainableLinear) for master, share in layer.shares()
+                for layer in block.module.modules() if isinstance(layer, TrainableLinear) for _, master, share in layer.shares()
             ]  # fmt: skip
             biases = {f"{local}.bias": layer.bias for local, layer in layers.items() if layer.bias is not None}
             if self.trains == "blocks":
