@@ -71,15 +71,19 @@ def test_both_ways_that_vectors_can_lie_are_searched_alike(axis):
     assert errors[-1] == pytest.approx(error(search.found, values, hessian), rel=1e-3)
 
 
-def test_a_sweep_finds_a_lower_minimum_than_the_nearest_entries():
-    values, hessian = matrix(64, 64), damped(hessian_of(64), 0.01)
-    step, plan = AQLM(**SMALL), make_plan(hessian_of(64), 0.01, act_order=True, run=4)
+def test_where_inputs_share_few_directions_a_sweep_finds_a_lower_minimum_than_the_nearest_entries():
+    """As those of real layers do: random Hessians do not show it."""
+    draw = torch.Generator().manual_seed(5)
+    shared = torch.randn(400, 4, generator=draw) @ torch.randn(4, 64, generator=draw)
+    x = torch.randn(400, 64, generator=draw) + 10 * shared
+    values, hessian, step = matrix(64, 64), damped(x.T @ x, 0.01), AQLM(length=2, entries=16, iterations=10)
     nearest_first = step.start(values, hessian)
-    searches = [Search(values, hessian, found, beam=1) for found in (nearest_first, step.swept(nearest_first, values, plan))]
-    assert searches[1].error() < 0.5 * searches[0].error()
+    swept = step.swept(nearest_first, values, make_plan(x.T @ x, 0.01, act_order=True, run=2))
+    searches = [Search(values, hessian, found, beam=1) for found in (nearest_first, swept)]
+    assert searches[1].error() < 0.1 * searches[0].error()
     for search in searches:
         search.refine(10, tolerance=0)
-    assert searches[1].error() < 0.97 * searches[0].error()
+    assert searches[1].error() < 0.8 * searches[0].error()
 
 
 def test_with_plain_inputs_a_sweep_takes_the_nearest_entries():
