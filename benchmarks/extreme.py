@@ -6,7 +6,7 @@ the same calibration windows. Rows that are in the results file already are not 
 out.
 
     python benchmarks/extreme.py
-    python benchmarks/extreme.py --model DIR --data train.jsonl --held-out valid.txt --form length=4,entries=16,books=2
+    python benchmarks/extreme.py --model DIR --data train.jsonl --held-out valid.txt --form length=2,entries=16
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def measure(model: Path, chain: str, judge: Judge, calibration: Calibration) -> 
         result = Pipeline(chain.split(), calibration=calibration, evaluate=False).run(model, out, progress=clock)
         return {
             "chain": chain, "bits": true_bits(result), "bytes": result.bytes, "bits_per_byte": judge(out),
-            "seconds_per_million": round(clock.seconds * 1e6 / result.manifest.parameters, 1), "difference": result.verification.max_difference,
+            "seconds_per_million": round(clock.seconds * 1e6 / result.manifest.parameters, 1),
+            "difference": result.verification.max_difference,
         }  # fmt: skip
 
 
@@ -86,13 +87,13 @@ def markdown(tables: dict[str, dict[str, Any]]) -> str:
     """A table for every protocol, the best first."""
     lines = []
     for protocol, table in tables.items():
-        lines += ["| passes | true bits per weight | file, MB | bits per byte | lost | times fewer than GPTQ | s per M parameters |"]
+        lines += ["| passes | true bits per weight | file, MB | bits per byte | lost | times fewer than GPTQ | s per M weights |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for row in sorted(compared(table["rows"], table["dense"]), key=lambda row: row["lost"]):
             bits, ratio = ("-" if row[key] is None else format(row[key], ".2f") for key in ("bits", "ratio"))
             lines.append(
-                f"| `{row['chain']}` | {bits} | {row['bytes'] / 1e6:.2f} | {row['bits_per_byte']:.4f} | {row['lost']:.4f} | {ratio} | "
-                f"{row['seconds_per_million']:.1f} |"
+                f"| `{row['chain']}` | {bits} | {row['bytes'] / 1e6:.2f} | {row['bits_per_byte']:.4f} | {row['lost']:.4f} | "
+                f"{ratio} | {row['seconds_per_million']:.1f} |"
             )
         lines += ["", f"{protocol} {table['dense']:.4f} bits per byte before.", ""]
     return "\n".join(lines)
@@ -107,7 +108,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=128, help="tokens of calibration and training windows")
     parser.add_argument("--steps", type=int, default=400, help="of training, each of 8 windows")
-    parser.add_argument("--form", default="", help="settings of codebooks, such as length=4,entries=16,books=2 for small matrices")
+    parser.add_argument("--form", default="", help="settings of codebooks, such as length=2,entries=16 for small matrices")
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="parts of chains, separated by semicolons")

@@ -174,9 +174,9 @@ class TrainPass(Pass):
         """What a matrix is trained as from the step with that index on, or None where nothing changes. Asked before every step,
         without gradients, for every matrix and factor that is trained.
 
-        weight: in the form of :meth:`adapt`, around its float32 parameters as trained by now. The answer is of the same form, with
-        parameters of the same shapes: other fixed parts, such as a mask or codes, are taken over, and so are other values. A
-        function of its arguments alone, so that processes stay in step and an interrupted run can resume.
+        weight: in the form of :meth:`adapt`, around its float32 parameters as trained by now. The answer is of the same form,
+        with parameters of the same shapes: other fixed parts, such as a mask or codes, are taken over, and so are other values.
+        A function of its arguments alone, so that processes stay in step and an interrupted run can resume.
         """
         return None
 

@@ -24,8 +24,8 @@ from compress.writer import save_tensors
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training.safetensors"
-"""Parameters, AdamW's moments, chosen masks and codes, what passes remember, the best parameters and, in the header's metadata, the losses
-so far and what all this belongs to."""
+"""Parameters, AdamW's moments, chosen masks and codes, what passes remember, the best parameters and, in the header's metadata,
+the losses so far and what all this belongs to."""
 
 
 class Trainee(NamedTuple):

@@ -34,8 +34,8 @@ class Search:
                 break
 
     def improve_indices(self, seed: int) -> None:
-        """Choose anew the entries of the vectors that one input, or one run of inputs, has in all rows; then those of the next, in
-        random order. No vector gets worse."""
+        """Choose anew the entries of the vectors that one input, or one run of inputs, has in all rows; then those of the next,
+        in random order. No vector gets worse."""
         found, books = self.found, self.found.books
         width = found.length if found.axis else 1  # inputs that a vector spans
         scale = found.vector_scale
@@ -104,8 +104,8 @@ class Search:
 
 
 def beam_search(books: Tensor, linear: Tensor, corner: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-    """Indices (n_books, n) int32 and sums (n, length) of entries e, one of every book, for which e^T corner e + linear e is small,
-    for each of n linear terms (n, length); float32. ``beam`` sums are followed up from book to book."""
+    """Indices (n_books, n) int32 and sums (n, length) of entries e, one of every book, for which e^T corner e + linear e is
+    small, for each of n linear terms (n, length); float32. ``beam`` sums are followed up from book to book."""
     found = [_beam_search(books, part, corner, beam) for part in linear.split(max(1, _ELEMENTS // (beam * books.shape[1])))]
     return torch.cat([indices for indices, _ in found], 1), torch.cat([sums for _, sums in found])
 

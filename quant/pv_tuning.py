@@ -1,5 +1,5 @@
-"""PV-Tuning: distil into a quantized model by turns: what is continuous by gradients, and the codes of few weights at a time, those
-that straight-through gradients have pulled farthest from theirs (Malinovskii et al., 2405.14852)."""
+"""PV-Tuning: distil into a quantized model by turns: what is continuous by gradients, and few codes at a time, those from which
+straight-through gradients have pulled the weights farthest (Malinovskii et al., 2405.14852)."""
 
 from __future__ import annotations
 

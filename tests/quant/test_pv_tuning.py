@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -118,10 +119,9 @@ def test_with_one_book_entries_are_the_nearest_and_grids_are_rounded(matrix):
     assert vectors.base.indices.flatten().equal(nearest.int())
     grid = pulled("grid", matrix).recoded(1.0, 10.0, 1)
     assert isinstance(grid.base, Quantized)
-    best = grid.buffer.unsqueeze(2) - torch.stack(
-        [Quantized(torch.full_like(grid.base.codes, code), *list(vars(grid.base).values())[1:]).dense() for code in range(-2, 2)], 2
-    )
-    assert (grid.buffer - grid.base.dense()).abs().allclose(best.abs().amin(2))
+    levels = [replace(grid.base, codes=torch.full_like(grid.base.codes, code)).dense() for code in range(-2, 2)]
+    least = (grid.buffer.unsqueeze(2) - torch.stack(levels, 2)).abs().amin(2)
+    assert (grid.buffer - grid.base.dense()).abs().allclose(least)
 
 
 def test_a_buffer_can_be_pulled_back(matrix):
@@ -159,7 +159,8 @@ def compressed(model: PreTrainedModel, form: str) -> tuple[PreTrainedModel, dict
 def fit(model: PreTrainedModel, tokens: Tensor, directory: Path, form: str, progress=lambda *_: None, **settings) -> TrainResult:
     student, weights = compressed(model, form)
     step = PVTuning(**{"steps": 12, "batch_size": 8, "hold_out": 0.0} | settings)
-    return train(student, weights, model, tokens, step, seed=0, device="cpu", directory=directory, progress=progress, save_every=5)
+    return train(student, weights, model, tokens, step, seed=0, device="cpu", directory=directory, progress=progress,
+                 save_every=5)  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -190,9 +191,7 @@ def test_an_interrupted_run_ends_with_the_same_codes(model, tokens, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(model, tokens, tmp_path / "twice", "sums", stop_at_seven, code_learning_rate=0.05)
     seen: list[int] = []
-    result = fit(
-        model, tokens, tmp_path / "twice", "sums", lambda done, *_: seen.append(done), code_learning_rate=0.05
-    )
+    result = fit(model, tokens, tmp_path / "twice", "sums", lambda done, *_: seen.append(done), code_learning_rate=0.05)
     assert seen == [5, *range(6, 13)] and result.history == expected.history
     before = compressed(model, "sums")[1]
     assert any(n_changed(before[name], weight) for name, weight in expected.weights.items())
