@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from compress.checkpoint import Checkpoint
 from compress.distill.losses import forward_kl
 from compress.filling import fill_linear
 from compress.loader import build
@@ -20,6 +21,7 @@ from compress.quant.buffered import Buffered
 from compress.quant.pv_tuning import PVTuning
 from compress.quant.rtn import RTN
 from compress.quant.vptq import VPTQ
+from compress.skeleton import Skeleton
 from compress.stats import LinearStats
 from compress.train import TrainResult, train
 from compress.weights import Codebook, Dense, LowRank, Masked, Quantized, Weight, spec_of
@@ -187,11 +189,11 @@ def test_an_interrupted_run_ends_with_the_same_codes(model, tokens, tmp_path):
         if done == 7:
             raise KeyboardInterrupt
 
-    expected = fit(model, tokens, tmp_path / "once", "sums", code_learning_rate=0.05)
+    expected = fit(model, tokens, tmp_path / "once", "sums", code_learning_rate=0.3)
     with pytest.raises(KeyboardInterrupt):
-        fit(model, tokens, tmp_path / "twice", "sums", stop_at_seven, code_learning_rate=0.05)
+        fit(model, tokens, tmp_path / "twice", "sums", stop_at_seven, code_learning_rate=0.3)
     seen: list[int] = []
-    result = fit(model, tokens, tmp_path / "twice", "sums", lambda done, *_: seen.append(done), code_learning_rate=0.05)
+    result = fit(model, tokens, tmp_path / "twice", "sums", lambda done, *_: seen.append(done), code_learning_rate=0.3)
     assert seen == [5, *range(6, 13)] and result.history == expected.history
     before = compressed(model, "sums")[1]
     assert any(n_changed(before[name], weight) for name, weight in expected.weights.items())
@@ -232,3 +234,14 @@ def test_factors_are_handled_one_by_one_and_other_forms_left_alone(matrix):
         begun = step.adapt(base, draw)
         assert isinstance(begun, Buffered) and step.settle(begun) is base and step.choose(0, begun) is None
     assert isinstance(coded("masked grid", matrix), Masked)
+
+
+@pytest.mark.parametrize("method", ["vptq", "aqlm", "rtn"])
+def test_an_artifact_opens_to_what_was_trained(method, llama, make_pass, run_stages, assert_reloads):
+    small = {"bits": 2} if method == "rtn" else {"length": 2, "entries": 16}
+    first = run_stages(llama, [make_pass(method, **small)])
+    artifact = run_stages(first, [make_pass("pv_tuning", steps=4, code_learning_rate=0.3, max_code_change=0.05)])
+    assert_reloads(artifact, atol=1e-5)
+    before, after = (Skeleton(Checkpoint(path)).read_weights(0) for path in (first, artifact))
+    assert any(n_changed(before[name], weight) for name, weight in after.items())
+    assert all(weight.nbytes == before[name].nbytes for name, weight in after.items())
