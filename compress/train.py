@@ -2,8 +2,9 @@
 
 A compressed layer is trained *in its representation*: :class:`TrainableLinear` holds float32 masters of what the
 representation may move (kept values, factors, the scales of a grid) and rebuilds the matrix from them at every forward.
-Masks, ranks and codes are not parameters, so no step can break them and none has to repair them. For a quantized matrix
-this is E2E-QP, the second phase of EfficientQAT (2407.11062): integers frozen, scales trained.
+Masks, ranks and codes are not parameters, so no step can break them and none has to repair them; a pass that wants others
+says so between steps, by ``TrainPass.choose``. For a quantized matrix this is E2E-QP, the second phase of EfficientQAT
+(2407.11062): integers frozen, scales trained.
 
 Models run in eval mode: the student is fitted to a fixed function, so dropout would only add noise, and without it
 nothing here draws random numbers except the order of the sequences. A run that was interrupted therefore resumes from
@@ -240,7 +241,8 @@ class _Loop:
         index, accelerator = len(self.past.losses), self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = group["share"] * self.step.learning_rate_at(index)
-        _choose(self.step, index, self.trainee.layers)
+        if self.step.chooses:
+            _choose(self.step, index, self.trainee.layers)
         with torch.no_grad():
             parts = [self.step.prepare(self._batch(rows, index), self.rollouts) for rows in self.batches[index]]
         n_predicted = float(accelerator.reduce(self._number(sum(len(part.targets) for part in parts)), "sum"))  # type: ignore
@@ -296,13 +298,12 @@ class _Loop:
         return torch.tensor(value, dtype=torch.float32, device=self.device)
 
 
+@torch.no_grad()
 def _choose(step: TrainPass, index: int, layers: Mapping[str, TrainableLinear]) -> None:
-    """Let the pass say what each matrix is trained under from here on."""
+    """Let the pass say what each matrix is trained as from here on."""
     for name, layer in layers.items():
-        values = layer.values
-        mask = None if values is None or not step.trains_layer(name) else step.choose(index, values, layer.earlier)
-        if mask is not None:
-            layer.choose(mask)
+        if step.trains_layer(name) and (chosen := step.choose(index, layer.weight)) is not None:
+            layer.take(chosen)
 
 
 def _batches(rows: Tensor, step: TrainPass, seed: int, accelerator: Accelerator) -> Tensor:
@@ -328,12 +329,13 @@ def _parameter_groups(student: nn.Module, step: TrainPass) -> list[dict[str, Any
     groups = []
     for name, layer in layers.items():
         if step.trains_layer(name) and (step.trains != "factors" or name.startswith(tuple(f"{each}." for each in factors))):
-            for _, master, share in filter(lambda each: step.trains_parameter(each[0]), layer.shares()):
-                groups.append({"params": [master], "share": share, "weight_decay": step.weight_decay if share == 1 else 0.0})
+            for own, master, share in filter(lambda each: step.trains_parameter(each[0]), layer.shares()):
+                decay = step.weight_decay if share == 1 else 0.0
+                groups.append({"params": [master], "share": share, "weight_decay": decay, "betas": step.betas(own)})
     every_master = {master for layer in layers.values() for master in layer.masters}
     dimensions = {"scales": (), "factors": (), "weights": (), "blocks": (1,), "everything": (0, 1, 2, 3)}[step.trains]
     rest = [value for value in student.parameters() if value not in every_master and value.dim() in dimensions]
-    return [*groups, {"params": rest, "share": 1.0, "weight_decay": 0.0}]
+    return [*groups, {"params": rest, "share": 1.0, "weight_decay": 0.0, "betas": step.betas("")}]
 
 
 def _open(groups: list[dict[str, Any]]) -> None:

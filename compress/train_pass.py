@@ -132,8 +132,8 @@ class TrainPass(Pass):
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
         if self.patience and not self.hold_out:
             raise ValueError("patience needs windows to judge by: give hold_out")
-        if self.patience and type(self).choose is not TrainPass.choose:
-            raise ValueError("patience would stop before all weights are removed that are to go: leave it out")
+        if self.patience and self.chooses:
+            raise ValueError(f"patience goes back to earlier values, and {self.method()} has chosen for later ones: leave it out")
         if (self.teacher or self.cache) and not self.needs.teacher:
             raise ValueError(f"{self.method()} has no teacher: leave out teacher and cache")
         if self.cache and (self.writes or self.needs.states):
@@ -177,14 +177,25 @@ class TrainPass(Pass):
         """What becomes of a matrix in the form of :meth:`adapt`, once it has been trained."""
         return weight
 
-    def choose(self, index: int, values: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Which entries of a matrix take part in training from the step with that index on: a mask (out, in) bool, or None
-        where nothing changes. Asked before every step, for every matrix and factor that is not on a grid.
+    def choose(self, index: int, weight: Weight) -> Weight | None:
+        """What a matrix is trained as from the step with that index on, or None where nothing changes. Asked before every step,
+        without gradients, for every matrix and factor that is trained.
 
-        values: (out, in) float32, as trained by now; an entry that is left out takes no gradient, but is still there. mask: that
-        of earlier passes, None where they removed nothing; what it removed stays removed. The last choice is the result's mask.
+        weight: in the form of :meth:`adapt`, around its float32 parameters as trained by now. The answer is of the same form,
+        with parameters of the same shapes: other fixed parts, such as a mask or codes, are taken over, and so are other values.
+        A function of its arguments alone, so that processes stay in step and an interrupted run can resume.
         """
         return None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether :meth:`choose` is to be asked."""
+        return type(self).choose is not TrainPass.choose
+
+    def betas(self, parameter: str) -> tuple[float, float]:
+        """AdamW's decay rates, of the mean gradient and of its square, for what the form of :meth:`adapt` calls ``parameter`` in
+        :meth:`compress.weights.Weight.parameters`; "" stands for everything that is no matrix of a layer."""
+        return 0.9, 0.999
 
     def learning_rate_at(self, index: int) -> float:
         """Learning rate of the step with that index: a linear warm-up to the peak, then the schedule's fall."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +13,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from compress.activations import rounded
-from compress.sharding import decoder_blocks, whole
+from compress.sharding import as_shared, decoder_blocks, whole
 from compress.train_pass import TrainPass
-from compress.weights import Composed, Dense, LowRank, Masked, Weight
+from compress.weights import Composed, LowRank, Weight
 from compress.weights.composed import unmasked
 
 
 class TrainableLinear(nn.Module):
     """A linear layer that computes with a representation of its matrix and trains float32 copies of its parameters.
 
-    earlier: the mask that it came with, (out, in) bool, or None. chosen: the one that it trains under, where :meth:`choose` set
-    one; what that leaves out keeps its value in the copy, and may come back.
+    chosen: whether :meth:`take` has put other fixed parts (a mask, codes) in the place of those that it came with.
     """
 
     def __init__(self, weight: Weight, bias: Tensor | None, device: torch.device):
@@ -34,27 +33,44 @@ class TrainableLinear(nn.Module):
         self.frame = weight.map(lambda tensor: tensor if id(tensor) in trained else tensor.to(device))
         self.masters = nn.ParameterList([_master(value, device) for value in weight.parameters().values()])
         self.bias = None if bias is None else _master(bias, device)
-        self.earlier = self.frame.kept if isinstance(self.frame, Masked) else None
-        self.chosen: Tensor | None = None
+        self.chosen = False
 
     @property
-    def values(self) -> Tensor | None:
-        """The matrix as trained by now, (out, in) float32; None where it is on a grid or made of parts."""
-        return whole(self.masters[0].detach()) if isinstance(unmasked(self.original), Dense) else None
+    def weight(self) -> Weight:
+        """The representation around the masters themselves; around whole copies where processes have parts of these."""
+        return self.frame.rebuild(dict(zip(self.frame.parameters(), map(whole, self.masters), strict=True)))
 
-    def choose(self, mask: Tensor) -> None:
-        """Train under another mask; what earlier passes removed stays removed."""
-        self.chosen = mask if self.earlier is None else mask & self.earlier
-        self.frame = Masked(unmasked(self.frame), self.chosen)
+    @torch.no_grad()
+    def take(self, weight: Weight) -> None:
+        """Go on from another weight of the same form, such as :attr:`weight` around other fixed parts or other values."""
+        for master, value in zip(self.masters, weight.parameters().values(), strict=True):
+            if value is not master:
+                master.copy_(as_shared(value, master))
+        self.frame, self.chosen = weight, True
+
+    @property
+    def fixed(self) -> list[Tensor]:
+        """The tensors of the representation that are not trained, in the order of :meth:`Weight.map`."""
+        found: list[Tensor] = []
+        self._map_fixed(lambda tensor: found.append(tensor) or tensor)
+        return found
+
+    def restore(self, fixed: Sequence[Tensor]) -> None:
+        """Go on from what :attr:`fixed` once was."""
+        left = iter(fixed)
+        self.frame, self.chosen = self._map_fixed(lambda tensor: next(left).to(tensor)), True
+
+    def _map_fixed(self, function: Callable[[Tensor], Tensor]) -> Weight:
+        trained = {id(value) for value in self.frame.parameters().values()}
+        return self.frame.map(lambda tensor: tensor if id(tensor) in trained else function(tensor))
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        masters = dict(zip(self.frame.parameters(), self.masters, strict=True))
         if inputs := getattr(unmasked(self.original), "inputs", None):
             x = rounded(x, inputs)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(x, self.frame.rebuild(masters).dense(dtype), bias)
+        return F.linear(x, self.weight.dense(dtype), bias)
 
     def shares(self) -> list[tuple[str, nn.Parameter, float]]:
         """The name of each parameter of the representation, its master, and by which share of the learning rate that moves."""
@@ -66,9 +82,10 @@ class TrainableLinear(nn.Module):
         """The representation around the trained values, in the dtypes and on the devices of the original."""
         pairs = zip(self.original.parameters().items(), self.masters, strict=True)
         values = {name: master.detach().to(old) for (name, old), master in pairs}
-        if self.chosen is None:
+        if not self.chosen:
             return self.original.rebuild(values)
-        return Masked(unmasked(self.original), self.chosen.to(next(iter(values.values())).device)).rebuild(values)
+        home = next(iter(values.values())).device
+        return self._map_fixed(lambda tensor: tensor.to(home)).rebuild(values)
 
 
 class TrainableFactors(nn.Module):

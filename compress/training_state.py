@@ -25,12 +25,12 @@ from compress.writer import save_tensors
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "training.safetensors"
-"""Parameters, AdamW's moments, chosen masks, what passes remember, the best parameters and, in the header's metadata, the losses
-so far and what all this belongs to."""
+"""Parameters, AdamW's moments, chosen masks and codes, what passes remember, the best parameters and, in the header's metadata,
+the losses so far and what all this belongs to."""
 
 
 class Trainee(NamedTuple):
-    """What is trained. parameters: by name; layers: those that may choose masks, by name."""
+    """What is trained. parameters: by name; layers: whose fixed parts may be chosen anew, by name."""
 
     parameters: Mapping[str, nn.Parameter]
     layers: Mapping[str, TrainableLinear]
@@ -76,7 +76,9 @@ class StateFile(NamedTuple):
             tensors |= {f"{key}/{name}": whole(moment) for key, moment in trainee.optimizer.state.get(value, {}).items()}
         if not writes:
             return
-        tensors |= {f"mask/{name}": layer.chosen for name, layer in trainee.layers.items() if layer.chosen is not None}
+        for name, layer in trainee.layers.items():
+            if layer.chosen:
+                tensors |= {f"fixed {number}/{name}": tensor.contiguous() for number, tensor in enumerate(layer.fixed)}
         tensors |= {f"best/{name}": value for name, value in past.best.items()}
         tensors |= {f"memory/{name}": value.contiguous() for name, value in past.memory.items()}
         header = {"fingerprint": self.fingerprint, "losses": past.losses, "held_out": past.held_out}
@@ -88,7 +90,7 @@ class StateFile(NamedTuple):
 
     @torch.no_grad()
     def load(self, trainee: Trainee) -> Past:
-        """Restore parameters, moments and masks; the past is empty where nothing was saved."""
+        """Restore parameters, moments and what was chosen; the past is empty where nothing was saved."""
         if not self.path.exists():
             return Past()
         with safe_open(self.path, framework="pt") as file:
@@ -97,11 +99,12 @@ class StateFile(NamedTuple):
                 logger.warning("%s belongs to other settings, data or weights: training starts anew", self.path)
                 return Past()
             past = Past(header["losses"], [(done, loss) for done, loss in header["held_out"]])
+            fixed: dict[str, dict[int, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 kind, _, name = key.partition("/")
                 tensor = file.get_tensor(key)
-                if kind == "mask":
-                    trainee.layers[name].choose(tensor.to(trainee.layers[name].masters[0].device))
+                if kind.startswith("fixed "):
+                    fixed.setdefault(name, {})[int(kind.removeprefix("fixed "))] = tensor
                 elif kind == "best":
                     past.best[name] = tensor
                 elif kind == "memory":
@@ -111,6 +114,8 @@ class StateFile(NamedTuple):
                 else:  # AdamW keeps its step counts, scalars, on the CPU
                     parameter = trainee.parameters[name]
                     trainee.optimizer.state[parameter][kind] = as_shared(tensor, parameter) if tensor.dim() else tensor
+        for name, tensors in fixed.items():
+            trainee.layers[name].restore([tensors[number] for number in range(len(tensors))])
         return past
 
 

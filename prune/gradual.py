@@ -12,6 +12,7 @@ from torch import Tensor
 from compress.distill.objective import Objective
 from compress.passes import Taxon
 from compress.prune.masks import count_kept, kept_of, lowest, with_implied_sparsity
+from compress.prune.thinned import Thinned
 from compress.weights import Dense, Masked, Weight
 from compress.weights.composed import unmasked
 
@@ -65,15 +66,23 @@ class Gradual(Objective):
             return self.sparsity
         return self.sparsity * (1 - (1 - max(index - first, 0) / (last - first)) ** 3)
 
-    def choose(self, index: int, values: Tensor, mask: Tensor | None) -> Tensor | None:
+    def adapt(self, weight: Weight, generator: torch.Generator) -> Weight:
+        inner = unmasked(weight)
+        return Thinned.start(inner.values, weight.mask) if isinstance(inner, Dense) else weight
+
+    def choose(self, index: int, weight: Weight) -> Weight | None:
         first, last = self.span
-        if index != last and (not first < index < last or (index - first) % self.every):
+        due = index == last or (first < index < last and (index - first) % self.every == 0)
+        if not due or not isinstance(weight, Thinned):
             return None
-        scores = values.abs() if mask is None else values.abs().masked_fill(~mask, -torch.inf)
+        scores = weight.values.abs() if weight.earlier is None else weight.values.abs().masked_fill(~weight.earlier, -torch.inf)
         sparsity, pattern = self.sparsity_at(index), self.pattern
         if index < last and (kept := kept_of(pattern)) is not None:
             pattern = f"{kept[1] - int(kept[1] * sparsity)}:{kept[1]}"
-        return lowest(scores, sparsity, pattern)
+        return weight.under(lowest(scores, sparsity, pattern))
+
+    def settle(self, weight: Weight) -> Weight:
+        return weight.stopped() if isinstance(weight, Thinned) else weight
 
     def outline(self, weight: Weight) -> Weight:
         if not isinstance(inner := unmasked(weight), Dense):

@@ -26,15 +26,16 @@ class Plan(NamedTuple):
     diagonal: Tensor | None = None
 
 
-def make_plan(hessian: Tensor, damping: float, act_order: bool, last: Tensor | None = None) -> Plan:
-    """Order the inputs of a Hessian (in, in) and factor its inverse. last: (in,) bool, inputs to come after all others."""
+def make_plan(hessian: Tensor, damping: float, act_order: bool, last: Tensor | None = None, run: int = 1) -> Plan:
+    """Order the inputs of a Hessian (in, in) and factor its inverse. last: (in,) bool, inputs to come after all others. run: so
+    many consecutive inputs stay together."""
     dead = hessian.diagonal() == 0
     if bool(dead.all()):  # no token came by (an idle expert, say): nothing is known, so round to nearest
         log.warning("an input group saw no calibration tokens; its layers are rounded to nearest")
         hessian, dead = torch.eye(len(dead), device=dead.device), torch.zeros_like(dead)
     order = torch.arange(len(dead), device=dead.device)
     if act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
+        order = order.view(-1, run)[hessian.diagonal().view(-1, run).sum(1).argsort(descending=True, stable=True)].flatten()
     if last is not None:
         order = torch.cat([order[~last[order]], order[last[order]]])
     factor = inverse_factor(hessian, damping, order)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.passes import Needs, Taxon
+from compress.quant.additive import Search, damped
 from compress.quant.codebooks import CodebookQuantizer, kmeans, nearest, refuse_mask
 from compress.quant.hessian import Plan, make_plan
 from compress.quant.sweep import InputSweep
@@ -42,17 +43,20 @@ class VPTQ(CodebookQuantizer):
 
     Inputs are first divided by the root mean square of their weights (the paper takes their range). Every further book is
     fitted to what the sweep with those before has left, and the sweep is done again with all. The paper's codebook of their
-    own for inputs with outliers is left out: ``act_order`` rounds them first, before errors have gathered. Entries stay as
-    k-means found them: `reconstruct` or `logit_kd` behind it train them.
+    own for inputs with outliers is left out: ``act_order`` rounds them first, before errors have gathered. Its fine-tuning of
+    entries and scales on the layer's outputs is a least-squares problem, which is solved, by turns with the choice of entries.
+    `reconstruct` behind it trains them on the block's outputs, `pv_tuning` on the model's.
     """
 
     taxon: ClassVar[Taxon] = Taxon.WEIGHT_ONLY
     paper: ClassVar[str] = "2409.17066"
     needs: ClassVar[Needs] = Needs(frozenset({"hessian"}))
-    efforts: ClassVar[dict] = {"fast": {"iterations": 10}, "best": {"iterations": 100}}
+    efforts: ClassVar[dict] = {"fast": {"iterations": 10, "rounds": 0}, "best": {"iterations": 100, "rounds": 10}}
 
     axis: ClassVar[int] = 0
     damping: float = Field(0.01, gt=0, le=10, description="added to the Hessian's diagonal, as a share of its mean")
+    rounds: int = Field(3, ge=0, description="turns of solving for entries and scales, at most")
+    tolerance: float = Field(0.01, ge=0, description="relative fall of the error below which the turns end")
     act_order: bool = Field(True, description="inputs of large activations first")
 
     def linear(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
@@ -76,4 +80,8 @@ class VPTQ(CodebookQuantizer):
             indices, left = sweep.indices, sweep.work
         in_place = torch.empty_like(indices)
         in_place[:, plan.order] = indices
-        return Codebook(in_place.transpose(1, 2).contiguous(), books.to(weight.dtype), scale, self.axis)
+        found = Codebook(in_place.transpose(1, 2).contiguous(), books, scale.float(), self.axis)
+        search = Search(values, stats.cached(("vptq", self.damping), lambda: damped(stats.hessian, self.damping)), found, beam=1)
+        search.refine(self.rounds, self.tolerance)
+        found = search.found
+        return Codebook(found.indices, found.books.to(weight.dtype), found.scale.to(weight.dtype), self.axis)

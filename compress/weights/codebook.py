@@ -60,6 +60,17 @@ class Codebook(Composed):
         dtype = dtype or self.dtype
         return looked_up(self.indices, self.books.to(dtype), self.axis) * self.scale.to(dtype)
 
+    def split(self, matrix: Tensor) -> Tensor:
+        """The vectors of an (out, in) matrix as the indices name them: (rows, columns, length)."""
+        if self.axis:
+            return matrix.unflatten(1, (-1, self.length))
+        return matrix.unflatten(0, (-1, self.length)).transpose(1, 2)
+
+    @property
+    def vector_scale(self) -> Tensor:
+        """What each vector's entries are multiplied by: (rows, columns)."""
+        return self.scale.expand(self.indices.shape[1:])
+
     def sizes(self) -> dict[str, int]:
         n_books, n_entries, length = self.books.shape
         return {"length": length, "n_books": n_books, "n_entries": n_entries, "axis": self.axis}
@@ -80,6 +91,13 @@ class Codebook(Composed):
 
     def parameters(self) -> dict[str, Tensor]:
         return {"books": self.books, "scale": self.scale}
+
+    def shares(self) -> dict[str, float]:
+        """An entry's move is multiplied by the scale, a scale's by the entries: root mean squares stand for both."""
+        n_books = len(self.books)
+        by_scale = n_books * float(self.scale.float().square().mean().sqrt())
+        by_entries = float(self.books.float().square().mean(1).sum(0).mean().sqrt())
+        return {"books": 1 / by_scale if by_scale > 0 else 1.0, "scale": 1 / by_entries if by_entries > 0 else 1.0}
 
     def rebuild(self, parameters: Mapping[str, Tensor]) -> Codebook:
         return replace(self, **parameters)  # type: ignore[type-var]

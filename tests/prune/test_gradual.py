@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from compress.filling import fill_linear
 from compress.loader import build
 from compress.pipeline import plan
 from compress.prune.gradual import Gradual
+from compress.prune.thinned import Thinned
 from compress.recipe import Recipe
 from compress.train import TrainResult, train
 from compress.train_pass import Signal
@@ -71,13 +73,19 @@ def test_schedule():
     assert part.sparsity_at(40) == pytest.approx(0.7) and {part.sparsity_at(index) for index in range(60, 100)} == {0.8}
 
 
+def masks(gradual: Gradual, values: Tensor, indices: Iterable[int]) -> dict[int, Tensor | None]:
+    """What is chosen of these values before each of the steps."""
+    chosen = {index: gradual.choose(index, Thinned.start(values, None)) for index in indices}
+    return {index: None if weight is None else weight.mask for index, weight in chosen.items()}
+
+
 @pytest.mark.parametrize(
     "settings", [{"steps": 1}, {"steps": 2}, {"steps": 7, "end": 1.0}, {"steps": 9, "start": 0.5, "end": 0.5}]
 )
 def test_the_last_choice_comes_before_the_last_step_and_is_exact(settings):
     gradual = Gradual(sparsity=0.6, every=4, **settings)
     values, last = torch.randn(10, 20), gradual.span[1]
-    chosen = {index: gradual.choose(index, values, None) for index in range(gradual.steps)}
+    chosen = masks(gradual, values, range(gradual.steps))
     assert last < gradual.steps and chosen[last] is not None and int(chosen[last].sum()) == 80
     assert all(mask is None for index, mask in chosen.items() if index > last)
 
@@ -85,12 +93,12 @@ def test_the_last_choice_comes_before_the_last_step_and_is_exact(settings):
 def test_masks_follow_the_schedule_and_the_pattern():
     values = torch.randn(8, 24)
     gradual = Gradual(sparsity=0.75, steps=100, end=0.8, every=10, pattern="row")
-    chosen = {index: gradual.choose(index, values, None) for index in range(100)}
+    chosen = masks(gradual, values, range(100))
     assert [index for index, mask in chosen.items() if mask is not None] == [10, 20, 30, 40, 50, 60, 70, 80]
     for index, mask in chosen.items():
         assert mask is None or set((~mask).sum(1).tolist()) == {int(24 * gradual.sparsity_at(index))}
     groups = Gradual(pattern="1:4", steps=100, end=0.8, every=10)
-    kept = [groups.choose(index, values, None).unflatten(1, (-1, 4)).sum(-1) for index in range(10, 90, 10)]
+    kept = [mask.unflatten(1, (-1, 4)).sum(-1) for mask in masks(groups, values, range(10, 90, 10)).values()]
     assert all(len(set(counts.flatten().tolist())) == 1 for counts in kept)
     assert [int(counts[0, 0]) for counts in kept] == [4, 3, 2, 2, 2, 2, 2, 1]
 
@@ -111,9 +119,9 @@ def test_removed_weights_may_return(model, tokens, tmp_path):
     seen: dict[int, list[Tensor]] = {}
 
     class Watched(Gradual):
-        def choose(self, index: int, values: Tensor, mask: Tensor | None) -> Tensor | None:
-            if (chosen := super().choose(index, values, mask)) is not None:
-                seen.setdefault(index, []).append(chosen)
+        def choose(self, index: int, weight: Weight) -> Weight | None:
+            if (chosen := super().choose(index, weight)) is not None:
+                seen.setdefault(index, []).append(chosen.mask)
             return chosen
 
     watched = Watched(**step(learning_rate=0.05, steps=24, every=1, end=1.0).model_dump())

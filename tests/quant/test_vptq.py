@@ -36,7 +36,7 @@ def output_error(weight, original: Tensor, x: Tensor) -> float:
 
 def test_with_independent_inputs_every_vector_gets_the_nearest_entry():
     weight, x = matrix(), torch.eye(24)
-    found = VPTQ(**SMALL).linear(weight, stats_of(x), None)
+    found = VPTQ(**SMALL, rounds=0).linear(weight, stats_of(x), None)
     assert isinstance(found, Codebook) and found.axis == 0 and found.shape == weight.shape
     scaled = (weight / found.scale).T.reshape(24, 8, 4)  # of every input, its vectors
     expected = nearest(scaled.reshape(-1, 4), found.books[0]).view(24, 8).T
@@ -50,6 +50,12 @@ def test_errors_are_made_up_for_by_later_inputs():
     vectors = (weight / swept.scale).T.reshape(-1, 4)
     plain = Codebook(nearest(vectors, swept.books[0]).view(24, 8).T[None].int(), swept.books, swept.scale, 0)
     assert output_error(swept, weight, x) < 0.9 * output_error(plain, weight, x)
+
+
+def test_turns_of_solving_lower_the_error():
+    weight, x = matrix(64, 48), correlated(48)
+    swept, solved = (VPTQ(**SMALL, rounds=rounds).linear(weight, stats_of(x), None) for rounds in (0, 3))
+    assert output_error(solved, weight, x) < 0.95 * output_error(swept, weight, x) and solved.nbytes == swept.nbytes
 
 
 def test_it_beats_a_grid_of_as_many_bits_and_a_second_book_helps():
