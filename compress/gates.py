@@ -99,9 +99,9 @@ def gate_cases(checked: list[Checked]) -> list[Case]:
     return [Case("gates", each.option.removeprefix("--"), each.told, failed=not each.held) for each in checked]
 
 
-def parse_bytes(text: str) -> int:
-    """``2.5GB``, ``800MiB`` or a plain number as bytes. Raises :class:`BadInput`."""
+def parse_bytes(text: str, option: str = "--max-bytes") -> int:
+    """``2.5GB``, ``800MiB`` or a plain number as bytes. Raises :class:`BadInput`, which names the option."""
     match = re.fullmatch(r"\s*([0-9]{0,18}\.?[0-9]{1,18})\s*([kmgt]?i?)b?\s*", text.lower())
     if match is None or match[2] not in _UNITS:
-        raise BadInput(f"--max-bytes: {text!r} is no size; write 2.5GB, 800MB, 1GiB or a number of bytes")
+        raise BadInput(f"{option}: {text!r} is no size; write 2.5GB, 800MB, 1GiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -14,6 +14,7 @@ from compress.weights.grid import Coded, FloatQuantized, Quantized
 from compress.weights.incoherent import Incoherent
 from compress.weights.matrix import Dense, Masked, Weight
 from compress.weights.parts import Affine, Columns, Outliers, Rows, SparsePart
+from compress.weights.stack import BitPlanes, SignedLowRank, Stack, prefix, stacks
 from compress.weights.structure import Structure, assert_structure_kept, structure
 from compress.weights.table import Lookup, Table, TableFactors, TableTrains
 from compress.weights.tensor_train import TensorTrain
@@ -22,6 +23,7 @@ __all__ = [
     "KINDS",
     "Affine",
     "Bilevel",
+    "BitPlanes",
     "Bitmask",
     "BitmaskGrid",
     "Blockwise",
@@ -39,7 +41,9 @@ __all__ = [
     "Quantized",
     "RowInt8",
     "Rows",
+    "SignedLowRank",
     "SparsePart",
+    "Stack",
     "Structure",
     "Sum",
     "Table",
@@ -51,6 +55,8 @@ __all__ = [
     "bitmasked",
     "leaves",
     "opened",
+    "prefix",
     "spec_of",
+    "stacks",
     "structure",
 ]
