@@ -190,10 +190,11 @@ def _picked(outlined: Outline, units: Sequence[Unit], budget: int) -> list[int]:
         )
     if budget == most:
         return [len(unit.costs) for unit in units]
-    others = least - sum(int(unit.costs[0]) for unit in units)
+    weights = outlined.linears()
+    others = least - sum(prefix(weights[name], 1).nbytes for unit in units for name in unit.names)
     try:
         return fill([unit.costs for unit in units], [unit.priorities for unit in units], budget - others)
-    except ValueError:  # the zero-points of one width for all, which all of the least parts have, take less room
+    except ValueError:  # the least parts fit all the same: zero-points of one width for all take less room
         return [1] * len(units)
 
 
