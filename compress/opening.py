@@ -24,7 +24,7 @@ from compress.errors import BadInput
 from compress.gates import parse_bytes
 from compress.manifest import Manifest, Step, installed_versions
 from compress.outline import Outline
-from compress.passes import StoragePass
+from compress.passes import LinearPass, StoragePass, StreamPass
 from compress.pipeline import Result
 from compress.plan import file_bytes
 from compress.progress import Progress, silent
@@ -35,7 +35,6 @@ from compress.weights import Weight, prefix, stacks
 from compress.weights.composed import settled
 from compress.workspace import Workspace, check_not_source
 from compress.writer import BlockStore
-
 
 _MOST_ENTRY_BYTES = 68  # of a tensor in a file's header, without its name and the two offsets
 
@@ -109,7 +108,9 @@ def _write(skeleton: Skeleton, step: Opening, counts: Mapping[str, int], directo
     earlier = checkpoint.manifest
     assert earlier is not None
     store, tokens = BlockStore(directory / "blocks"), load_file(checkpoint.path / PROBE)["tokens"]
-    allotted = {step: {name: step.of(counts.get(name, 1)) for name in skeleton.linear_names()}}
+    allotted: dict[StreamPass, dict[str, LinearPass]] = {
+        step: {name: step.of(counts.get(name, 1)) for name in skeleton.linear_names()}
+    }
     streamed = Stream(skeleton, [step], tokens, store, directory, progress=progress, allocations=allotted).run()
     carry_records(streamed, earlier)
     made = Step(

@@ -24,7 +24,8 @@ class StackPass(LinearPass):
     """
 
     order: Literal["effect", "level"] = Field(
-        "effect", description="of the parts: by measured effect per byte; level: every layer's next part before any layer's second"
+        "effect",
+        description="of the parts: by measured effect per byte; level: every layer's next part before any layer's second",
     )
     _priorities: tuple[float, ...] = PrivateAttr(())
 

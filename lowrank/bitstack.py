@@ -41,15 +41,16 @@ class BitStack(StackPass):
     blocks: int = Field(16, ge=1, le=64, description="of every layer, about 1.15 bits per weight each")
     rank: int | None = Field(None, ge=1, description="of a block's magnitudes; none: 16, or what costs 0.15 bits per weight")
 
-    def rank_of(self, n_outputs: int, n_inputs: int, itemsize: int) -> int:
-        """The rank of the blocks of an (out, in) matrix whose factors take that many bytes per number."""
+    def rank_of(self, weight: Tensor) -> int:
+        """The rank of the blocks of a matrix (out, in), by its shape and dtype."""
+        (n_outputs, n_inputs), itemsize = weight.shape, weight.element_size()
         affordable = int(_FACTOR_BITS * n_outputs * n_inputs / (8 * itemsize * (n_outputs + n_inputs)))
         return min(self.rank or max(1, min(affordable, _MOST_RANK)), n_outputs, n_inputs)
 
     def linear(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
         if mask is not None:
             raise ValueError(NO_ZEROS)
-        rank, scale = self.rank_of(*weight.shape, weight.itemsize), input_scale(stats)
+        rank, scale = self.rank_of(weight), input_scale(stats)
         rest, blocks = weight.float() * scale, []
         for _ in range(self.blocks):
             signs = torch.where(rest < 0, -1, 1).to(torch.int8)
@@ -63,7 +64,7 @@ class BitStack(StackPass):
     def outline(self, weight: Tensor, stats: LinearStats, mask: Tensor | None) -> Weight:
         if mask is not None:
             raise ValueError(NO_ZEROS)
-        (n_outputs, n_inputs), rank = weight.shape, self.rank_of(*weight.shape, weight.itemsize)
+        (n_outputs, n_inputs), rank = weight.shape, self.rank_of(weight)
         meta: dict[str, Any] = {"dtype": weight.dtype, "device": "meta"}
         return SignedLowRank(
             torch.empty(self.blocks, -(-n_outputs * n_inputs // 8), dtype=torch.uint8, device="meta"),

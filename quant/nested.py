@@ -37,7 +37,9 @@ class Nested(StackPass):
     bits: int = Field(4, ge=2, le=8, description="of the widest codes")
     least: int = Field(2, ge=2, le=8, description="of the narrowest codes")
     group_size: int | None = Field(128, ge=1, description="consecutive inputs that share scales; -1: the whole row")
-    balance: float = Field(0.5, ge=0, le=4, description="by which power of two a bit more makes an error count: higher for wide codes")
+    balance: float = Field(
+        0.5, ge=0, le=4, description="by which power of two a bit more makes an error count: higher for wide codes"
+    )
     cycles: int = Field(3, ge=0, description="of coordinate descent on the codes and scales, after the sweep")
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
 

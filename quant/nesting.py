@@ -15,6 +15,7 @@ _N_SHRINKS = 75  # shares of a group's range that are tried: 100 %, 99 %, ... 26
 _ERROR_POWER = 2.4  # of errors that a range is judged by, as in GPTQ's search
 _DAMPING = 0.01  # of the scales' normal equations, as a share of their mean diagonal
 _MOST_CHANGE = 2.0  # by which factor a scale is fitted anew at most
+_ELEMENTS = 1 << 24  # of the products of steps and Hessian that are held at a time
 _BLOCK = 64  # inputs whose pull is worked out at a time
 
 
@@ -114,7 +115,10 @@ class Sweep(InputSweep):
         self.sizes, self.shares, self.low, self.high = (
             torch.tensor(column, dtype=work.dtype, device=work.device).unsqueeze(1)
             for column in zip(
-                *((2**shift, share, *code_range(widths.most - shift)) for shift, share in zip(widths.shifts, widths.shares, strict=True)),
+                *(
+                    (2**shift, share, *code_range(widths.most - shift))
+                    for shift, share in zip(widths.shifts, widths.shares, strict=True)
+                ),
                 strict=True,
             )
         )  # (widths, 1)
@@ -178,15 +182,21 @@ def refit(weight: Tensor, codes: Tensor, grids: Grids, hessian: Tensor, dtype: t
 
     For each row it is a linear least-squares problem in the scales of its groups, one width after the other.
     """
-    n_groups = grids.zero.shape[1]
-    blocks, found = hessian.unflatten(0, (n_groups, -1)), []
+    rows, found = max(1, _ELEMENTS // (grids.zero.shape[1] * len(hessian))), []
     for shift, before in zip(grids.widths.shifts, grids.scale, strict=True):
-        steps = grids.steps(codes, shift).unflatten(1, (n_groups, -1))
-        products = torch.einsum("ogi,gij->ogj", steps, blocks)  # (out, groups, in)
-        matrix = (products.unflatten(2, (n_groups, -1)) * steps.unsqueeze(1)).sum(3)
-        left = (products * weight.unsqueeze(1)).sum(2) - (matrix @ before.unsqueeze(2)).squeeze(2)
-        damping = _DAMPING * matrix.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(matrix.dtype).tiny
-        damped = matrix + damping.view(-1, 1, 1) * torch.eye(n_groups, device=matrix.device)
-        moved = before + torch.linalg.solve(damped, left)
-        found.append(moved.clamp(before / _MOST_CHANGE, before * _MOST_CHANGE))
+        parts = zip(weight.split(rows), grids.steps(codes, shift).split(rows), before.split(rows), strict=True)
+        found.append(torch.cat([_fitted(own, steps, scale, hessian) for own, steps, scale in parts]))
     return grids._replace(scale=torch.stack(found).to(dtype).float())
+
+
+def _fitted(weight: Tensor, steps: Tensor, before: Tensor, hessian: Tensor) -> Tensor:
+    """Scales (rows, groups) for steps of the grid (rows, in) instead of those before, (rows, groups)."""
+    n_groups = before.shape[1]
+    grouped = steps.unflatten(1, (n_groups, -1))
+    products = torch.einsum("rgi,gij->rgj", grouped, hessian.unflatten(0, (n_groups, -1)))  # (rows, groups, in)
+    matrix = (products.unflatten(2, (n_groups, -1)) * grouped.unsqueeze(1)).sum(3)
+    left = (products * weight.unsqueeze(1)).sum(2) - (matrix @ before.unsqueeze(2)).squeeze(2)
+    damping = _DAMPING * matrix.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(matrix.dtype).tiny
+    damped = matrix + damping.view(-1, 1, 1) * torch.eye(n_groups, device=matrix.device)
+    moved = before + torch.linalg.solve(damped, left)
+    return moved.clamp(before / _MOST_CHANGE, before * _MOST_CHANGE)

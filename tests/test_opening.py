@@ -207,7 +207,9 @@ def test_a_step_that_pays_only_with_the_next_one_counts_with_it():
 
 def test_levels_need_no_measuring(llama, run_stages, opened):
     source = run_stages(llama, ["bitstack:blocks=3,order=level"])
-    assert torch.equal(*(load_file(opened(source, size=span(source)[n]) / "model.safetensors")["model.norm.weight"] for n in (0, 1)))
+    assert torch.equal(
+        *(load_file(opened(source, size=span(source)[n]) / "model.safetensors")["model.norm.weight"] for n in (0, 1))
+    )
     assert {spec["priorities"][0] for spec in Checkpoint(source).reshaped.values()} == {-1.0}
     counts = {weight.n_parts for weight in weights_of(opened(source, size=sum(span(source)) // 2)).values()}
     assert counts == {2} or counts == {1, 2} or counts == {2, 3}

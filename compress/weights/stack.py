@@ -100,8 +100,8 @@ class SignedLowRank(Stack):
         return len(self.packed)
 
     def prefix(self, count: int) -> SignedLowRank:
-        parts = (tensor[:count].contiguous() for tensor in (self.packed, self.left, self.right))
-        return SignedLowRank(*parts, self.priorities[: count - 1])
+        packed, left, right = (tensor[:count].contiguous() for tensor in (self.packed, self.left, self.right))
+        return SignedLowRank(packed, left, right, self.priorities[: count - 1])
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         from compress.stored_stacks import signed_sum

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,7 +39,7 @@ def test_what_is_left_falls_with_every_block(dtype):
     scale = input_scale(stats)
     left = residuals(stack_of(weight, stats, blocks=8), weight.float(), scale)
     assert left[0] < (weight.float() * scale).norm()
-    assert all(after < before for before, after in zip(left, left[1:], strict=False))
+    assert all(after < before for before, after in pairwise(left))
 
 
 def test_each_block_is_the_best_of_its_rank_for_the_magnitudes():
@@ -97,7 +99,9 @@ def test_a_block_costs_little_more_than_a_bit(shape, rank):
 @settings(max_examples=25, deadline=None)
 def test_files_hold_the_same_matrix_and_readers_compute_it(n_outputs, n_inputs, rank, n_blocks):
     packed = torch.randint(0, 256, (n_blocks, -(-n_outputs * n_inputs // 8)), dtype=torch.uint8)
-    stack = SignedLowRank(packed, torch.randn(n_blocks, n_outputs, rank), torch.randn(n_blocks, rank, n_inputs), (0.5,) * (n_blocks - 1))
+    stack = SignedLowRank(
+        packed, torch.randn(n_blocks, n_outputs, rank), torch.randn(n_blocks, rank, n_inputs), (0.5,) * (n_blocks - 1)
+    )
     module = MODULES[stack.kind](n_inputs, n_outputs, False, **stack.sizes(), children={})
     for name, tensor in stack.tensors().items():
         assert getattr(module, name).shape == tensor.shape and getattr(module, name).dtype == tensor.dtype
