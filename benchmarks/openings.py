@@ -1,9 +1,9 @@
 """Artifacts that can be opened at any size, on the bundled checkpoint: what every size costs in perplexity.
 
 BitStack is opened at ten budgets, which the files must meet to within a hundredth, with a perplexity that falls from each to the
-next. Nested codes are opened at their widths, beside quantizers that choose codes for one width alone, with the same groups, and at
-sizes between. Everything is compressed in this process and without the reload in a fresh one. Rows that are in the results already are
-kept, so that an interrupted run goes on. Exit status 1 where a bar is missed.
+next. Nested codes are opened at their widths, beside quantizers that choose codes for one width alone, with the same groups, and
+at sizes between. Everything is compressed in this process and without the reload in a fresh one. Rows that are in the results
+already are kept, so that an interrupted run goes on. Exit status 1 where a bar is missed.
 
     python benchmarks/openings.py --chart
 """

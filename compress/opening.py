@@ -61,8 +61,8 @@ class Opening(StoragePass):
 
 
 class Unit(NamedTuple):
-    """Layers that are opened alike. names: in full. costs: bytes of the first, second, ... part of all of them. priorities: of the
-    same parts, per byte; that of the first means nothing. widths: of codes, by the number of parts; None: parts are no bits."""
+    """Layers that are opened alike. names: in full. costs: bytes of the first, second, ... part of all of them. priorities: of
+    the same parts, per byte; that of the first means nothing. widths: of codes, by the number of parts; None: parts are no bits."""
 
     names: tuple[str, ...]
     costs: np.ndarray
@@ -79,7 +79,7 @@ def open_stack(
 
     size: of the weight files, which are no larger and within a part of it: a number of bytes, or text such as "1.2GB". bits: the
     width of all codes, instead of a size. device: where to compute the logits that the result is verified by. Raises
-    :class:`BadInput` where ``source`` holds nothing to open, for a size or width that it does not reach, and where ``out`` exists.
+    :class:`BadInput` where ``source`` holds nothing to open, for a size or width beyond its range, and where ``out`` exists.
     """
     source, out = resolve(source), Path(out).expanduser()
     if (size is None) == (bits is None):
@@ -108,9 +108,8 @@ def _write(skeleton: Skeleton, step: Opening, counts: Mapping[str, int], directo
     earlier = checkpoint.manifest
     assert earlier is not None
     store, tokens = BlockStore(directory / "blocks"), load_file(checkpoint.path / PROBE)["tokens"]
-    allotted: dict[StreamPass, dict[str, LinearPass]] = {
-        step: {name: step.of(counts.get(name, 1)) for name in skeleton.linear_names()}
-    }
+    own: dict[str, LinearPass] = {name: step.of(counts.get(name, 1)) for name in skeleton.linear_names()}
+    allotted: dict[StreamPass, dict[str, LinearPass]] = {step: own}
     streamed = Stream(skeleton, [step], tokens, store, directory, progress=progress, allocations=allotted).run()
     carry_records(streamed, earlier)
     made = Step(

@@ -21,13 +21,15 @@ from compress.weights import BitPlanes, Masked, Weight
 class Nested(StackPass):
     """Codes of ``bits`` bits whose leading ``least``, ... bits are codes of their own, with scales for each width.
 
-    All widths are rounded in one sweep over the inputs, in which each hands its own error on to the inputs to come, as GPTQ does,
-    and a code is chosen by the sum of the widths' squared errors, each times 2 to the power of ``balance`` for every bit: 0 is for
-    the narrowest codes first, 2 makes the same error in steps of the grid count alike. Zero-points nest like codes, and lie where
+    All widths are rounded in one sweep over the inputs, in which each hands its own error on to the inputs to come, as GPTQ
+    does, and a code is chosen by the sum of the widths' squared errors, each times 2 to the power of ``balance`` for every bit: 0
+    is for the narrowest codes first, 2 makes the same error in steps of the grid count alike. ``cycles`` of coordinate descent on
+    the codes and of least squares for every width's scales follow, on the same sum. Zero-points nest like codes, and lie where
     the narrower grids' levels are nearest to the middle of the codes that they stand for.
 
-    `compress open --bits 3` then makes an ordinary artifact of 3-bit grids of it, and `--size` one whose layers have the widths of
-    the least disturbance that fit; in the artifact itself all bits count.
+    `compress open --bits 3` then makes an ordinary artifact of 3-bit grids of it, and `--size` one whose layers have the widths
+    of the least disturbance that fit; in the artifact itself all bits count. Nesting has its price: a level of integer grids
+    cannot lie in the middle of two finer ones, so that 3 bits are a quarter of a step off beside 4.
     """
 
     taxon: ClassVar[Taxon] = Taxon.WEIGHT_ONLY

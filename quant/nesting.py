@@ -43,8 +43,8 @@ class Widths(NamedTuple):
 
 
 class Grids(NamedTuple):
-    """Grids of a matrix (out, in). scale: (widths, out, groups) float32, representable in the storage dtype, of the narrowest codes
-    first. zero: (out, groups) int8, that of the widest codes; those of others are its leading bits, as codes are."""
+    """Grids of a matrix (out, in). scale: (widths, out, groups) float32, representable in the storage dtype, of the narrowest
+    codes first. zero: (out, groups) int8, that of the widest codes; those of others are its leading bits, as codes are."""
 
     widths: Widths
     scale: Tensor
@@ -60,8 +60,8 @@ def fit(weight: Tensor, widths: Widths, group_size: int, dtype: torch.dtype) -> 
     """Grids for every group of a matrix (out, in) float32, each a power of two coarser than the next wider one.
 
     Of the widest grid's range a share is kept by which the widths' errors, rounded to nearest for each alone, have the least sum.
-    Its zero-point is moved to the nearest one that the narrower grids' levels suit: with k bits less, a level is that of the middle
-    one of 2**k codes. Scales are rounded to ``dtype``.
+    Its zero-point is moved to the nearest one that the narrower grids' levels suit: with k bits less, a level is that of the
+    middle one of 2**k codes. Scales are rounded to ``dtype``.
     """
     groups, first, last = weight.unflatten(1, (-1, group_size)), *code_range(widths.most)
     lowest, highest = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
@@ -88,8 +88,8 @@ def fit(weight: Tensor, widths: Widths, group_size: int, dtype: torch.dtype) -> 
 
 
 def nesting_zero(zero: Tensor, widths: Widths) -> Tensor:
-    """The whole number nearest to ``zero``, in the range of the widest codes, that is one of the two in the middle of those with its
-    leading ``least`` bits."""
+    """The whole number nearest to ``zero``, in the range of the widest codes, that is one of the two in the middle of those with
+    its leading ``least`` bits."""
     size = 2 ** (widths.most - widths.least)
     if size == 1:
         return zero.round().clamp(*code_range(widths.most))
@@ -100,8 +100,8 @@ def nesting_zero(zero: Tensor, widths: Widths) -> Tensor:
 
 
 class Sweep(InputSweep):
-    """Rounds a matrix (out, in) float32 at all widths by one code for each weight: in one pass over its inputs, in which every width
-    hands its own errors on, and in passes of coordinate descent (QuantEase, 2309.01885) that improve on it.
+    """Rounds a matrix (out, in) float32 at all widths by one code for each weight: in one pass over its inputs, in which every
+    width hands its own errors on, and in passes of coordinate descent (QuantEase, 2309.01885) that improve on it.
 
     Side by side lie the matrices of all widths. mask: (out, in) bool or None; codes are zero outside it.
     """
@@ -136,7 +136,7 @@ class Sweep(InputSweep):
         return widest[self.order.argsort()].T.contiguous()
 
     def replace(self, index: int, weights: Tensor, result: Tensor) -> Tensor:
-        """Of the codes that are best for one width, each as near as can be to the best of the widest, that which is best for all."""
+        """Of the codes that are best for one width, each as near as can be to the widest's best, the one that is best for all."""
         wanted, group = weights.view(self.count, -1), self.groups[index]
         scale, zero = self.scales[group], self.zeros[group]
         offsets = (zero / self.sizes).floor_()
