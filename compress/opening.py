@@ -61,8 +61,11 @@ class Opening(StoragePass):
 
 
 class Unit(NamedTuple):
-    """Layers that are opened alike. names: in full. costs: bytes of the first, second, ... part of all of them. priorities: of
-    the same parts, per byte; that of the first means nothing. widths: of codes, by the number of parts; None: parts are no bits."""
+    """Layers that are opened alike.
+
+    names: in full. costs: bytes of the first, second, ... part of all of them. priorities: of the same parts, per byte; that of
+    the first means nothing. widths: of codes, by the number of parts; None: parts are no bits.
+    """
 
     names: tuple[str, ...]
     costs: np.ndarray

@@ -30,8 +30,8 @@ class BitStack(StackPass):
     The scales go back into each block's right factor, which is exact, since they are positive: sign(R) * (U V) diag(1/s) =
     sign(R) * (U (V diag(1/s))). So no other layer is touched, while the published code folds them into the layer before, where
     there is one that takes them. A block approximates what the stored factors before it, rounded to the model's dtype, have left.
-    By default k is 16, or as much less as keeps a block of a small matrix near 1.15 bits per weight. All 16 blocks take more than a 16-bit matrix: the artifact is a
-    store, to be opened (`compress open`) at any size below.
+    By default k is 16, or as much less as keeps a block of a small matrix near 1.15 bits per weight. All 16 blocks take more than
+    a 16-bit matrix: the artifact is a store, to be opened (`compress open`) at any size below.
     """
 
     taxon: ClassVar[Taxon] = Taxon.LOW_RANK
