@@ -36,7 +36,7 @@ from compress.skeleton import Skeleton
 
 RESULTS = Path(__file__).parent / "results" / "openings.json"
 CHART = RESULTS.with_suffix(".png")
-LENGTH, SHORT = 512, 128  # tokens of a window; of the calibration of what measures each of sixteen parts of every layer
+LENGTH, SHORT = 512, 64  # tokens of a window; of the calibration of what measures each of sixteen parts of every layer
 BUDGETS = [2_200_000, 2_500_000, 2_800_000, 3_200_000, 3_600_000, 4_000_000, 4_600_000, 5_400_000, 6_600_000, 8_400_000]
 GROUPS = (64, 128)
 WIDTHS = (2, 3, 4)
@@ -66,12 +66,12 @@ def known() -> list[dict[str, Any]]:
 class Bench:
     """What has been measured, and how."""
 
-    def __init__(self, n_windows: int, samples: int):
+    def __init__(self, n_windows: int, samples: int, work: Path | None):
         config = Checkpoint.open(MODEL).config
         texts, origin = read_text(None, bundled="held_out")
         tokenizer = load_tokenizer(MODEL, config.vocab_size)
         self.judged_on = windows(tokenizer, texts, origin, n=n_windows, length=LENGTH, seed=0, at_most=True).tokens
-        self.samples = samples
+        self.samples, self.work = samples, work
         self.rows = known()
 
     def calibration(self, chain: str) -> Calibration:
@@ -89,14 +89,14 @@ class Bench:
         if not missing:
             return
         with tempfile.TemporaryDirectory(prefix="compress-bench-") as scratch:
-            start, directory = time.process_time(), Path(scratch)
-            store = compressed(chain, self.calibration(chain), directory)
-            print(f"{chain}: made in {time.process_time() - start:.0f} s of a processor", file=sys.stderr, flush=True)
+            start, kept = time.process_time(), (self.work or Path(scratch)) / chain.replace(":", "-")
+            if not kept.exists():
+                compressed(chain, self.calibration(chain), Path(scratch)).rename(kept)
+                print(f"{chain}: made in {time.process_time() - start:.0f} s of a processor", file=sys.stderr, flush=True)
             for each in missing:
                 start = time.process_time()
-                artifact = opened(store, directory, **each) if each else store
-                seconds = round(time.process_time() - start, 2)
-                self.add(chain, each, artifact, seconds)
+                artifact = opened(kept, Path(scratch), **each) if each else kept
+                self.add(chain, each, artifact, round(time.process_time() - start, 2))
 
     def add(self, chain: str, opening: dict[str, int], artifact: Path, seconds: float) -> None:
         """Measure and keep one row."""
@@ -169,13 +169,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=32, help="held-out windows")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
+    parser.add_argument("--work", type=Path, help="a directory that keeps the artifacts, for a run that goes on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="comma-separated parts of chains")
     parser.add_argument("--chart", action="store_true", help="draw what there is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
-    bench = Bench(options.windows, options.samples)
+    bench = Bench(options.windows, options.samples, options.work)
     plan: list[tuple[str, list[dict[str, int]]]] = [("bitstack", [{"size": size} for size in BUDGETS])]
     for group in GROUPS:
         sizes = [{"size": size} for size in BETWEEN] if group == 64 else []
