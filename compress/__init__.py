@@ -20,6 +20,7 @@ if not (Path(__file__).parent / "quant").is_dir():
 
 if TYPE_CHECKING:
     from compress import methods
+    from compress.opening import open_stack
     from compress.pipeline import Pipeline, Result, run
     from compress.recipe import Calibration, Evaluation, Recipe
 
@@ -53,10 +54,11 @@ if _AUTO_CONFIG in sys.modules:
 else:
     sys.meta_path.insert(0, _Registration())
 
-__all__ = ["Calibration", "Evaluation", "Pipeline", "Recipe", "Result", "methods", "run"]
+__all__ = ["Calibration", "Evaluation", "Pipeline", "Recipe", "Result", "methods", "open_stack", "run"]
 
 _HOMES = {
     "Pipeline": "pipeline", "Result": "pipeline", "run": "pipeline",
+    "open_stack": "opening",
     "Recipe": "recipe", "Calibration": "recipe", "Evaluation": "recipe",
 }  # fmt: skip
 

@@ -11,11 +11,11 @@ _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_bytes(text: str) -> int:
-    """``2.5GB``, ``800MiB`` or a plain number as bytes. Raises :class:`BadInput`."""
+def parse_bytes(text: str, option: str) -> int:
+    """``2.5GB``, ``800MiB`` or a plain number as bytes. Raises :class:`BadInput`, which names the option."""
     match = re.fullmatch(_NUMBER % ("", "([kmgt]?|[kmgt]i)b?"), text.lower())
     if match is None:
-        raise BadInput(f"--max-bytes: {text!r} is no size; write 2.5GB, 800MB, 1GiB or a number of bytes")
+        raise BadInput(f"{option}: {text!r} is no size; write 2.5GB, 800MB, 1GiB or a number of bytes")
     return int(float(match[1]) * (_DECIMAL | _BINARY)[match[2]])
 
 

@@ -18,7 +18,7 @@ from compress.skeleton import Skeleton
 from compress.weights import KINDS
 from compress.writer import BlockStore, write_text
 
-CARRIED = ("stored_layers.py", "stored_codebooks.py", "stored_binary.py", "stored_tables.py")
+CARRIED = ("stored_layers.py", "stored_codebooks.py", "stored_binary.py", "stored_stacks.py", "stored_tables.py")
 """What ``loader.py`` imports, and artifacts therefore carry beside it."""
 _AUTO_MAP = {
     "AutoConfig": "modeling_compress.CompressConfig",

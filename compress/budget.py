@@ -70,3 +70,19 @@ def fill(costs: Sequence[np.ndarray], priorities: Sequence[np.ndarray], budget: 
         left -= int(total[n_taken - 1])
         order = order[n_taken:]
     return taken.tolist()
+
+
+def slopes(costs: Sequence[float], losses: Sequence[float]) -> list[float]:
+    """By how much each step from one option to the next lowers the loss per cost, falling: along the lower convex hull.
+
+    costs: rising; losses: of the same options. One number less than these; of a step that is worth less than the one behind it
+    that of both together, and at least 0.
+    """
+    found: list[tuple[float, float, int]] = []  # gain, cost, steps
+    for step in range(1, len(costs)):
+        gain, cost, count = losses[step - 1] - losses[step], costs[step] - costs[step - 1], 1
+        while found and gain * found[-1][1] >= found[-1][0] * cost:
+            gain, cost, count = gain + found[-1][0], cost + found[-1][1], count + found[-1][2]
+            found.pop()
+        found.append((gain, cost, count))
+    return [max(0.0, gain / cost) for gain, cost, count in found for _ in range(count)]

@@ -27,7 +27,7 @@ def write_card(
         "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{remote})',
         'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", "", *results, "",
-        "`recipe.yaml` repeats it, `compress_manifest.json` records every layer"
+        "`recipe.yaml` repeats it, " * (directory / "recipe.yaml").exists() + "`compress_manifest.json` records every layer"
         + (", `report.html` shows what it cost." if results else "."), "",
     ]  # fmt: skip
     front = _front(manifest, source, name, metrics).to_yaml(line_break="\n")

@@ -319,6 +319,26 @@ def export_command(
     typer.echo(str(export.to(to, artifact, out, overwrite=overwrite)))
 
 
+@app.command("open")
+def open_command(
+    artifact: Annotated[Path, typer.Argument(help="an artifact of bitstack or nested")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="output directory")],
+    size: Annotated[str | None, typer.Option(help="largest weight files, such as 1.2GB: as many parts as fit are opened")] = None,
+    bits: Annotated[int | None, typer.Option(help="width of all codes, instead of a size: of nested")] = None,
+    device: Device = None, overwrite: Overwrite = False, as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress bar")] = False,
+) -> None:  # fmt: skip
+    """Open an artifact at a size or width of your choice, without compressing again: compress open STORE --size 1.2GB -o OUT."""
+    from compress.opening import open_stack
+    from compress.progress import Bar
+
+    with Bar("open", enabled=not quiet) as bar:
+        result = open_stack(
+            artifact, out, size=size, bits=bits, overwrite=overwrite, device=device or "cpu", progress=bar
+        )  # fmt: skip
+    typer.echo(json.dumps(result.summary()) if as_json else "\n".join(result.lines()))
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option("-o", "--out", help="output directory")] = Path("compress-demo"),

@@ -38,7 +38,7 @@ class Gates(BaseModel):
                 raise BadInput(f"{option} {share}: is a share from 0 to 1, such as 0.97")
         if max_kl is not None and not max_kl >= 0:
             raise BadInput(f"--max-kl {max_kl}: is a number of nats, such as 0.05")
-        size = parse_bytes(max_bytes) if max_bytes is not None else None
+        size = parse_bytes(max_bytes, "--max-bytes") if max_bytes is not None else None
         return cls(min_recovery=min_recovery, max_bytes=size, max_kl=max_kl, max_flips=max_flips)
 
     @property

@@ -1,8 +1,8 @@
 """Open an artifact whose layers stock transformers cannot express: low-rank pairs, sums, outliers, quantized Conv1D layers,
 layers of other shapes than their neighbours', blocks that share their weights, residual connections between bases.
 
-This file is also copied into such artifacts as ``modeling_compress.py``, with ``stored_layers.py``, ``stored_codebooks.py``,
-``stored_binary.py`` and ``stored_tables.py`` beside it, so they stand alone: torch and transformers only.
+This file is also copied into such artifacts as ``modeling_compress.py``, with those ``stored_*.py`` beside it that it imports, so
+they stand alone: torch and transformers only.
 The artifact's config is the base architecture's plus ``base_model_type``, ``compress_structure`` and ``compress_modules``, under
 a model type of its own, since a plain ``llama`` would silently re-initialise the matrices that it misses. The classes made here
 are subclasses of the base architecture's own config and model, so generation, caches and quantizers treat them as such.
@@ -33,6 +33,7 @@ from .stored_layers import (
     spread,
     tensor_train,
 )  # fmt: skip
+from .stored_stacks import BitPlanesLinear, SignedLowRankLinear
 from .stored_tables import Lookup, Table, TableFactors, TableTrains, TiedHead
 
 MODEL_TYPE = "compress"
@@ -190,6 +191,8 @@ KINDS: dict[str, Any] = {
     "tensor_train": TensorTrainLinear,
     "codebook": CodebookLinear,
     "binary": BinaryLinear,
+    "signed_low_rank": SignedLowRankLinear,
+    "bit_planes": BitPlanesLinear,
 }
 
 

@@ -108,7 +108,7 @@ def make_plan(
         passes=planned,
         stages=len(stages),
         source_bytes=checkpoint.nbytes,
-        predicted_bytes=_file_bytes(outlined, weights),
+        predicted_bytes=file_bytes(outlined, weights),
         tier="shim" if shim else "native-quantized" if quantized or outlined.cache else "native",
         warnings=warnings,
         computes_as_stored=library is layers.bitsandbytes,
@@ -151,9 +151,11 @@ def _has(weight: Weight, what: str) -> bool:
     return any(part.mask is not None if what == "mask" else isinstance(unmasked(part), Coded) for part in parts)
 
 
-def _file_bytes(outlined: Outline, weights: dict[str, Weight]) -> int:
+def file_bytes(outlined: Outline, weights: dict[str, Weight], entry_bytes: int = _HEADER_BYTES_PER_TENSOR) -> int:
+    """Bytes of the weight file with those layers and tables. entry_bytes: of each tensor in its header, without its name and the
+    two offsets."""
     total, names = outlined.tensors(weights)
-    return total + sum(_HEADER_BYTES_PER_TENSOR + len(name) + 2 * len(str(total)) for name in names)
+    return total + sum(entry_bytes + len(name) + 2 * len(str(total)) for name in names)
 
 
 def _stage_peak(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int, dtype: torch.dtype) -> int:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
 
 from compress.distill.objective import Objective
 from compress.passes import Taxon

@@ -295,7 +295,7 @@ def test_interrupt(cli, llama: Path, monkeypatch: pytest.MonkeyPatch):
     assert outcome.code == 130 and "interrupted" in outcome.err and "resume" in outcome.err
 
 
-COMMANDS = ["run", "plan", "methods", "eval", "chart", "compare", "schema", "verify", "export", "demo"]
+COMMANDS = ["run", "plan", "methods", "eval", "chart", "compare", "schema", "verify", "export", "open", "demo"]
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])

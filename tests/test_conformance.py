@@ -34,7 +34,7 @@ MODEL = [key for key in METHODS if issubclass(methods.get(key), ModelPass)]
 EACH_FORM = (
     "gptq", "fp8", "mxfp4", "nf4", "llm_int8", "hqq", "loftq", "spqr", "quip", "embeddings", "kv_cache", "wanda", "pack",
     "minitron", "flap", "slicegpt", "foldgpt", "shortgpt", "svd", "losparse", "compactifai", "tensorgpt", "vptq", "billm",
-    "logit_kd",
+    "bitstack", "nested", "logit_kd",
 )  # fmt: skip
 """A method for every form that an artifact can have. Those of the others are opened in this process by default, and in a fresh
 one by slow tests."""
@@ -308,6 +308,7 @@ def test_every_width_of_code_is_packed_and_opened(bits, symmetric, llama, make_p
 @pytest.mark.parametrize("key", each(METHODS))
 def test_neutral_settings_leave_the_model_as_it_is(key, llama, tokens, make_pass, run_stages, reload):
     neutral = {"sparsity": 0.0, "ratio": 1.0, "bits": 8, "group_size": 32, "learning_rate": 1e-12, "trains": "weights"}
+    neutral["least"] = neutral["bits"]  # of nested codes: no narrower ones to choose them for
     if key == "kv_cache":  # whose floats of 8 bits are coarser than its integers
         neutral |= {"kind": "int", "dynamic": True}
     method, chain = methods.get(key), []

@@ -26,13 +26,13 @@ def metrics(recovery: float | None, kl: float | None, flips: tuple[int, int] | N
     [("2.5GB", 2_500_000_000), ("800MiB", 800 << 20), ("1 gib", 1 << 30), (".5k", 500), ("7", 7), ("3TB", 3 * 10**12), ("9b", 9)],
 )
 def test_units(text: str, n_bytes: int):
-    assert parse_bytes(text) == n_bytes
+    assert parse_bytes(text, "--max-bytes") == n_bytes
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "2.5 XB", "1,000", "5i", "1e9", "nan"])
 def test_no_sizes(text: str):
     with pytest.raises(BadInput, match="--max-bytes"):
-        parse_bytes(text)
+        parse_bytes(text, "--max-bytes")
 
 
 @pytest.mark.parametrize(

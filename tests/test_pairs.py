@@ -55,7 +55,7 @@ WIDTHS = ("minitron", "llm_pruner", "flap")
 """What removes neurons and heads, from the inputs of layers too."""
 QUANTIZERS = {key for key, method in METHODS.items() if "compress.quant" in method.__module__ and key not in ROTATABLE}
 QUANTIZERS -= {"quarot", "embeddings"}
-CODEBOOKS = {key for key, method in METHODS.items() if issubclass(method, CodebookQuantizer)} | {"billm"}
+CODEBOOKS = {key for key, method in METHODS.items() if issubclass(method, CodebookQuantizer)} | {"billm", "bitstack"}
 """What cannot keep zeros, nor get any."""
 MASKING = {key for key, method in METHODS.items() if method.taxon is Taxon.UNSTRUCTURED and key != "permute"}
 FACTORISING = {key for key, method in METHODS.items() if getattr(method, "factorises", False)}

@@ -15,6 +15,7 @@ from compress.weights.grid import Coded, FloatQuantized, Quantized
 from compress.weights.incoherent import Incoherent
 from compress.weights.matrix import Dense, Masked, Weight
 from compress.weights.parts import Affine, Columns, Outliers, Rows, SparsePart
+from compress.weights.stack import BitPlanes, SignedLowRank, Stack, prefix, stacks
 from compress.weights.structure import Structure, assert_structure_kept, structure
 from compress.weights.table import Lookup, Table, TableFactors, TableTrains
 from compress.weights.tensor_train import TensorTrain
@@ -24,6 +25,7 @@ __all__ = [
     "Affine",
     "Bilevel",
     "Binary",
+    "BitPlanes",
     "Bitmask",
     "BitmaskGrid",
     "Blockwise",
@@ -41,7 +43,9 @@ __all__ = [
     "Quantized",
     "RowInt8",
     "Rows",
+    "SignedLowRank",
     "SparsePart",
+    "Stack",
     "Structure",
     "Sum",
     "Table",
@@ -53,6 +57,8 @@ __all__ = [
     "bitmasked",
     "leaves",
     "opened",
+    "prefix",
     "spec_of",
+    "stacks",
     "structure",
 ]
