@@ -1,8 +1,8 @@
 """Open an artifact whose layers stock transformers cannot express: low-rank pairs, sums, outliers, quantized Conv1D layers,
 layers of other shapes than their neighbours', blocks that share their weights, residual connections between bases.
 
-This file is also copied into such artifacts as ``modeling_compress.py``, with ``stored_layers.py``, ``stored_codebooks.py`` and
-``stored_tables.py`` beside it, so they stand alone: torch and transformers only.
+This file is also copied into such artifacts as ``modeling_compress.py``, with ``stored_layers.py``, ``stored_codebooks.py``,
+``stored_binary.py`` and ``stored_tables.py`` beside it, so they stand alone: torch and transformers only.
 The artifact's config is the base architecture's plus ``base_model_type``, ``compress_structure`` and ``compress_modules``, under
 a model type of its own, since a plain ``llama`` would silently re-initialise the matrices that it misses. The classes made here
 are subclasses of the base architecture's own config and model, so generation, caches and quantizers treat them as such.

@@ -22,9 +22,9 @@ class BitNet(QuantizationAware):
 
     With ``levels=absmean`` the scale is the mean of the magnitudes, as in BitNet and Spectra (2407.12327); with ``levels=twn``
     weights above 0.7 of that mean are rounded away from zero, and the scale is the mean of their magnitudes (ternary weight
-    networks, as TSLD, 2308.06744, trains them). The papers train from scratch, with norms before the layers and inputs rounded to 8
-    bits (``activations=int8``, which Spectra leaves out). Here training begins with the model's own weights, of which rounding at
-    first leaves next to nothing, so it takes hundreds of steps and more.
+    networks, as TSLD, 2308.06744, trains them). The papers train from scratch, with norms before the layers and inputs rounded
+    to 8 bits (``activations=int8``, which Spectra leaves out). Here training begins with the model's own weights, of which
+    rounding at first leaves next to nothing, so it takes hundreds of steps and more.
 
     The grid has 2 bits, of whose codes -2 is not used. See :class:`TrainPass` for the training fields.
     """

@@ -1,6 +1,7 @@
 """Formats: one file each. A module with a function ``export(source, out, *, overwrite)`` is a target of `compress export`.
 
-Where the function takes a ``variant`` too, that is what follows a colon: `--to gguf:q4_0`.
+Where the function takes a ``variant`` too, that is what follows a colon: `--to gguf:q4_0`. Where the module has a true
+``ROUNDS_INPUTS``, its readers round what enters layers.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def to(name: str, source: Path, out: Path, *, overwrite: bool = False) -> Path:
     if target not in known:
         raise BadInput(f"--to {name}: unknown format{did_you_mean(target, known)}; formats: {', '.join(known)}")
     _check_shapes(target, source)
-    _warn_of_losses(target, source)
-    export = import_module(known[target]).export
+    module = import_module(known[target])
+    _warn_of_losses(target, source, getattr(module, "ROUNDS_INPUTS", False))
+    export = module.export
     if not variant:
         return export(source, out, overwrite=overwrite)
     if "variant" not in signature(export).parameters:
@@ -58,12 +60,13 @@ def _check_shapes(target: str, source: Path) -> None:
         )
 
 
-def _warn_of_losses(target: str, source: Path) -> None:
+def _warn_of_losses(target: str, source: Path, rounds_inputs: bool) -> None:
     from compress.checkpoint import Checkpoint
 
     checkpoint = Checkpoint(source)
     groups = (checkpoint.quantization or {}).get("config_groups", {}).values()
-    lost = ["the rounding of inputs"] * any(group.get("input_activations") for group in groups)
+    rounded = any(group.get("input_activations") for group in groups)
+    lost = ["the rounding of inputs"] * (rounded and not rounds_inputs)
     lost += ["the rounding of the KV cache"] * bool(checkpoint.cache_scheme)
     if lost:
         log.warning("%s: %s holds weights only, %s is left out", source, target, " and ".join(lost))

@@ -2,8 +2,9 @@
 
 Two passes: the shapes say where every tensor will lie, so that the weights then go into the file one by one, whatever the
 model's size. A variant names the type of the matrices: ``gguf:q4_0``. A grid that fits the type's blocks (signed and up to
-4 bits wide for q4_0, say, in groups of a multiple of 32) keeps its codes, and with them what a quantizer made of them;
-everything else is multiplied out and rounded anew. K-quants and their like are rounded by llama.cpp itself.
+4 bits wide for q4_0, say, in groups of a multiple of 32) keeps its codes, and with them what a quantizer made of them; so do
+ternary matrices in tq1_0 and tq2_0, and in q4_0 where their rows are no multiple of 256. Everything else is multiplied out and
+rounded anew. K-quants and their like are rounded by llama.cpp itself.
 
 Norms, biases and embedded positions stay f32. The token embedding and the head are q8_0 under types of 4 and 5 bits and
 f16 under narrower ones, as their rows matter more than their size.
@@ -51,6 +52,8 @@ _BY_LLAMA_CPP = (
 _SYNONYMS = {"q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
 VARIANTS = (*_WRITTEN, *_BY_LLAMA_CPP)
 _GRIDS = {"Q4_0": (4, False), "Q4_1": (4, True), "Q5_0": (5, False), "Q5_1": (5, True), "Q8_0": (8, False)}  # bits, minimum
+_TERNARY = {"TQ1_0": "Q4_0", "TQ2_0": "Q4_0"}  # what holds their codes too where rows are no multiple of 256, as in llama.cpp
+_TERNARY_BLOCK = 256
 _LARGEST_HALF = 65504.0
 _WARNING_OR_ERROR, _CONTINUED = (3, 4), 5  # of llama.cpp's log levels
 _SMALLEST_HALF = 2.0**-14  # below, half precision loses digits
@@ -155,12 +158,14 @@ class _Layout:
         return found
 
     def _fitting(self, name: str, shape: tuple[int, ...], kind: str) -> str:
-        """The wanted type, or f16 where its blocks do not divide the rows."""
+        """The wanted type, or where its blocks do not divide the rows q4_0 for a ternary one, and f16 for all others."""
         block = self.gguf.GGML_QUANT_SIZES[self.gguf.GGMLQuantizationType[kind]][0]
         if shape[-1] % block == 0:
             return kind
-        log.warning("%s: rows of %d are no multiple of the %d that %s packs together; it stays f16", name, shape[-1], block, kind)
-        return "F16"
+        instead = _TERNARY.get(kind, "F16")
+        what = "stays f16" if instead == "F16" else f"becomes {instead.lower()}"
+        log.warning("%s: rows of %d are no multiple of the %d that %s packs together; it %s", name, shape[-1], block, kind, what)
+        return instead if instead == "F16" else self._fitting(name, shape, instead)
 
     def _outer(self) -> list[Entry]:
         part = []
@@ -206,7 +211,7 @@ class _Layout:
         order, factor = row_order(self.row, local, weight.shape[0], self.config), row_factor(self.row, local, self.config)
         if (packed := pack_grid(weight, kind, order, factor)) is not None:
             return packed
-        self.unpacked += _grid_of(weight) is not None and kind == self.matrices
+        self.unpacked += _grid_of(weight) is not None and kind == self.matrices and not rounds_to_itself(weight, kind)
         values = weight.dense(torch.float32) * factor
         return _packed(self.gguf, self.skeleton.module_name(index, local), values if order is None else values[order], kind)
 
@@ -252,6 +257,14 @@ def pack_grid(weight: Weight, kind: str, order: Tensor | None = None, factor: fl
         codes, scale = codes[order], scale[order]
         minimum = None if minimum is None else minimum[order]
     return _blocks(codes.numpy(), scale.numpy(), None if minimum is None else minimum.numpy(), bits)
+
+
+def rounds_to_itself(weight: Weight, kind: str) -> bool:
+    """Whether a ternary type rounds a matrix to the codes that it has: the largest magnitude in a block is then its scale."""
+    grid = _grid_of(weight)
+    if kind not in _TERNARY or grid is None or grid.zero_point is not None or grid.group_size % _TERNARY_BLOCK:
+        return False
+    return int(grid.codes.abs().max()) <= 1 and _are_halves(grid.scale.float())
 
 
 def _grid_of(weight: Weight) -> Quantized | None:

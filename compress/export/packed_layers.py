@@ -68,9 +68,8 @@ def survey(skeleton: Skeleton, target: str, largest_group: int) -> Survey:
     groups that readers do not know, and for scales that float16 cannot hold.
     """
     quantized: dict[str, Quantized] = {}
-    prefix = skeleton.arch.blocks + "."
-    dense = [n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
-    for name, own, weight in _layers(skeleton, target):
+    dense = outer_linears(skeleton)
+    for name, own, weight in layers_of(skeleton, target):
         if isinstance(weight, Quantized):
             quantized[name] = weight
             _check_scale(name, skeleton.checkpoint.tensor(f"{own}.weight_scale"), target)
@@ -85,9 +84,16 @@ def survey(skeleton: Skeleton, target: str, largest_group: int) -> Survey:
     return Survey(quantized, dense, group_size, all(weight.zero_point is None for weight in quantized.values()))
 
 
-def _layers(skeleton: Skeleton, target: str) -> Iterator[tuple[str, str, Weight]]:
+def outer_linears(skeleton: Skeleton) -> list[str]:
+    """The names of the linear layers outside blocks."""
+    prefix = skeleton.arch.blocks + "."
+    return [n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
+
+
+def layers_of(skeleton: Skeleton, target: str) -> Iterator[tuple[str, str, Weight]]:
     """Every compressible layer's name, the name that the source has its weight under, and the weight, on the meta device and
-    without its mask: a grid keeps zeros by its codes."""
+    without its mask: a grid keeps zeros by its codes. Raises :class:`BadInput` for layers that are neither dense nor on an
+    integer grid."""
     for index in range(len(skeleton.blocks)):
         for local in skeleton.arch.linears:
             name, own = (skeleton.module_name(number, local) for number in (index, skeleton.owner(index)))

@@ -34,12 +34,16 @@ class Binary(PackedGrid):
     mean: Tensor | None
     block_size: int
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        from compress.stored_binary import levels, looked_up
+    def levels(self, dtype: torch.dtype) -> Tensor:
+        """What codes stand for, as a reader computes it in ``dtype``: (out, blocks, 8), those of salient columns last."""
+        from compress.stored_binary import levels
 
-        dtype = dtype or self.dtype
-        table = levels(self.scale.to(dtype), None if self.mean is None else self.mean.to(dtype))
-        return looked_up(self.codes, self.salient, table, self.block_size)
+        return levels(self.scale.to(dtype), None if self.mean is None else self.mean.to(dtype))
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        from compress.stored_binary import looked_up
+
+        return looked_up(self.codes, self.salient, self.levels(dtype or self.dtype), self.block_size)
 
     def sizes(self) -> dict[str, int]:
         return {"block_size": self.block_size, "centred": int(self.mean is not None)}

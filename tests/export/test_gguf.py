@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
-from compress.export.gguf import VARIANTS, export, pack_grid
+from compress.export.gguf import VARIANTS, export, pack_grid, rounds_to_itself
 from compress.skeleton import Skeleton
 from compress.weights import Dense, Masked, Quantized
 
@@ -221,6 +221,40 @@ def test_a_grid_rounded_twice_is_reported(make_checkpoint, run_stages, write, ca
         assert "second time" not in caplog.text
         write(artifact, "q4_0")
     assert "12 quantized layers do not fit the blocks of q4_0" in caplog.text  # down_proj is f16 and was not rounded again
+
+
+@pytest.mark.parametrize("variant", ["tq1_0", "tq2_0"])
+def test_ternary_matrices_keep_their_codes(variant: str, make_checkpoint, run_stages, write, caplog):
+    """Also in rows that 256 does not divide, for which there is a wider type, and with a scale for every row."""
+    source = make_checkpoint("llama", hidden_size=256, intermediate_size=224, num_hidden_layers=1)
+    artifact = run_stages(source, ["bitnet:steps=1,batch_size=2,length=16,per_row=true"])
+    with caplog.at_level(logging.WARNING):
+        read = Read(write(artifact, variant))
+    assert "second time" not in caplog.text
+    assert "rows of 224 are no multiple of the 256" in caplog.text and "becomes q4_0" in caplog.text
+    for local, name, kind in (("up_proj", "ffn_up", variant.upper()), ("down_proj", "ffn_down", "Q4_0")):
+        weight, found = Skeleton(Checkpoint(artifact)).read_weights(0)[f"mlp.{local}"], read.tensors[f"blk.0.{name}.weight"]
+        assert isinstance(weight, Quantized) and read.types[f"blk.0.{name}.weight"] == kind
+        assert torch.equal(found.sign().to(torch.int8), weight.codes)
+        torch.testing.assert_close(found, weight.dense(), rtol=2**-11, atol=0)
+
+
+def test_only_ternary_grids_round_to_themselves():
+    codes = torch.randint(-1, 2, (4, 512), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scale = torch.full((4, 2), 0.02)
+    assert rounds_to_itself(Quantized(codes, scale, None, 2), "TQ2_0")
+    assert rounds_to_itself(Quantized(codes, scale, None, 2).masked(codes > 0), "TQ1_0")
+    assert not rounds_to_itself(Quantized(codes, scale, None, 2), "Q4_0")
+    assert not rounds_to_itself(Quantized(codes * 2, scale, None, 3), "TQ2_0")
+    assert not rounds_to_itself(Quantized(codes, torch.full((4, 4), 0.02), None, 2), "TQ2_0")
+    assert not rounds_to_itself(Quantized(codes, scale * 1e-6, None, 2), "TQ2_0")
+
+
+def test_other_grids_in_a_ternary_type_are_reported(make_checkpoint, run_stages, write, caplog):
+    source = make_checkpoint("llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    with caplog.at_level(logging.WARNING):
+        write(run_stages(source, ["rtn:bits=4"]), "tq2_0")
+    assert "7 quantized layers do not fit the blocks of tq2_0" in caplog.text
 
 
 # refusals
