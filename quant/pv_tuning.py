@@ -32,7 +32,7 @@ class PVTuning(LogitKD):
     efforts: ClassVar[dict[str, dict[str, Any]]] = {"fast": {"steps": 100}, "best": {"steps": 1000}}
 
     learning_rate: float = Field(1e-3, gt=0, description="peak, followed by the schedule's fall; of what is not codes")
-    code_learning_rate: float = Field(0.05, ge=0, description="of the buffer, as a share of the weights' root mean square")
+    code_learning_rate: float = Field(0.03, ge=0, description="of the buffer, as a share of the weights' root mean square")
     max_code_change: float = Field(0.01, ge=0, le=1, description="share of a matrix's vectors whose codes may change in a step")
     trust_ratio: float = Field(1.0, ge=0, description="largest change of a matrix by codes in a step, as a share of its norm")
     delta_decay: float = Field(0.0, ge=0, le=1, description="share of the buffer's way from the codes that each step takes back")
