@@ -171,7 +171,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--work", type=Path, help="a directory that keeps the artifacts, for a run that goes on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", help="comma-separated parts of chains")
+    parser.add_argument("--only", help="parts of chains, with + between")
     parser.add_argument("--chart", action="store_true", help="draw what there is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -185,7 +185,7 @@ def main() -> int:
     if bench.missing("dense", [{}]):
         bench.add("dense", {}, MODEL, 0.0)
     for chain, wanted in plan:
-        if not options.only or any(part in chain for part in options.only.split(",")):
+        if not options.only or any(part in chain for part in options.only.split("+")):
             bench.measure(chain, wanted)
     if options.chart:
         draw(bench.rows)

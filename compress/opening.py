@@ -111,8 +111,8 @@ def _write(skeleton: Skeleton, step: Opening, counts: Mapping[str, int], directo
     earlier = checkpoint.manifest
     assert earlier is not None
     store, tokens = BlockStore(directory / "blocks"), load_file(checkpoint.path / PROBE)["tokens"]
-    own: dict[str, LinearPass] = {name: step.of(counts.get(name, 1)) for name in skeleton.linear_names()}
-    allotted: dict[StreamPass, dict[str, LinearPass]] = {step: own}
+    allotted: dict[StreamPass, dict[str, LinearPass]] = {}
+    allotted[step] = {name: step.of(counts.get(name, 1)) for name in skeleton.linear_names()}
     streamed = Stream(skeleton, [step], tokens, store, directory, progress=progress, allocations=allotted).run()
     carry_records(streamed, earlier)
     made = Step(
