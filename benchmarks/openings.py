@@ -76,7 +76,7 @@ class Bench:
 
     def calibration(self, chain: str) -> Calibration:
         """What a chain is calibrated on."""
-        return Calibration(samples=self.samples, length=SHORT if chain == "bitstack" else LENGTH)
+        return Calibration(samples=self.samples, length=SHORT if chain.startswith("bitstack") else LENGTH)
 
     def missing(self, chain: str, wanted: list[dict[str, int]]) -> list[dict[str, int]]:
         """Those of the openings of a chain that are not measured yet; {}: the artifact itself."""
@@ -178,6 +178,7 @@ def main() -> int:
     logging.disable(logging.WARNING)
     bench = Bench(options.windows, options.samples, options.work)
     plan: list[tuple[str, list[dict[str, int]]]] = [("bitstack", [{"size": size} for size in BUDGETS])]
+    plan.append(("bitstack:order=level", [{"size": size} for size in BUDGETS[:4]]))
     for group in GROUPS:
         sizes = [{"size": size} for size in BETWEEN] if group == 64 else []
         plan.append((f"nested:group_size={group}", [{"bits": bits} for bits in WIDTHS] + sizes))
