@@ -76,7 +76,7 @@ class Bench:
 
     def calibration(self, chain: str) -> Calibration:
         """What a chain is calibrated on."""
-        return Calibration(samples=self.samples, length=SHORT if chain == "bitstack" else LENGTH)
+        return Calibration(samples=self.samples, length=SHORT if chain.startswith("bitstack") else LENGTH)
 
     def missing(self, chain: str, wanted: list[dict[str, int]]) -> list[dict[str, int]]:
         """Those of the openings of a chain that are not measured yet; {}: the artifact itself."""
@@ -171,13 +171,14 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--work", type=Path, help="a directory that keeps the artifacts, for a run that goes on")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", help="comma-separated parts of chains")
+    parser.add_argument("--only", help="parts of chains, with + between")
     parser.add_argument("--chart", action="store_true", help="draw what there is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable(logging.WARNING)
     bench = Bench(options.windows, options.samples, options.work)
     plan: list[tuple[str, list[dict[str, int]]]] = [("bitstack", [{"size": size} for size in BUDGETS])]
+    plan.append(("bitstack:order=level", [{"size": size} for size in BUDGETS[:4]]))
     for group in GROUPS:
         sizes = [{"size": size} for size in BETWEEN] if group == 64 else []
         plan.append((f"nested:group_size={group}", [{"bits": bits} for bits in WIDTHS] + sizes))
@@ -185,7 +186,7 @@ def main() -> int:
     if bench.missing("dense", [{}]):
         bench.add("dense", {}, MODEL, 0.0)
     for chain, wanted in plan:
-        if not options.only or any(part in chain for part in options.only.split(",")):
+        if not options.only or any(part in chain for part in options.only.split("+")):
             bench.measure(chain, wanted)
     if options.chart:
         draw(bench.rows)

@@ -25,7 +25,7 @@ from compress.errors import BadInput
 from compress.manifest import Manifest, Step, installed_versions
 from compress.outline import Outline
 from compress.passes import LinearPass, StoragePass, StreamPass
-from compress.pipeline import Result
+from compress.pipeline import Result, check_device
 from compress.plan import file_bytes
 from compress.progress import Progress, silent
 from compress.skeleton import Skeleton
@@ -90,6 +90,7 @@ def open_stack(
     step = Opening(size=parse_bytes(size, "--size") if isinstance(size, str) else size, bits=bits)
     checkpoint = Checkpoint(source)
     check_not_source(out, source)
+    check_device(device)
     if checkpoint.manifest is None or not (source / PROBE).exists():
         raise BadInput(f"{source}: not an artifact of compress: it has no manifest or no probe to verify by")
     skeleton = Skeleton(checkpoint, device, getattr(torch, checkpoint.manifest.compute_dtype))
@@ -111,8 +112,8 @@ def _write(skeleton: Skeleton, step: Opening, counts: Mapping[str, int], directo
     earlier = checkpoint.manifest
     assert earlier is not None
     store, tokens = BlockStore(directory / "blocks"), load_file(checkpoint.path / PROBE)["tokens"]
-    own: dict[str, LinearPass] = {name: step.of(counts.get(name, 1)) for name in skeleton.linear_names()}
-    allotted: dict[StreamPass, dict[str, LinearPass]] = {step: own}
+    allotted: dict[StreamPass, dict[str, LinearPass]] = {}
+    allotted[step] = {name: step.of(counts.get(name, 1)) for name in skeleton.linear_names()}
     streamed = Stream(skeleton, [step], tokens, store, directory, progress=progress, allocations=allotted).run()
     carry_records(streamed, earlier)
     made = Step(
