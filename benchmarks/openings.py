@@ -134,8 +134,8 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=130)
     base = next(row["perplexity"] for row in rows if row["chain"] == "dense")
     axes.axhline(base, color="#888888", linewidth=1, linestyle=":")
-    axes.annotate(f"uncompressed, 16 bits: {base:.2f}", (0.99, base), xycoords=("axes fraction", "data"), xytext=(0, -11),
-                  textcoords="offset points", ha="right", fontsize=8, color="#666666")  # fmt: skip
+    axes.annotate(f"uncompressed, 16 bits: {base:.2f}", (0.01, base), xycoords=("axes fraction", "data"), xytext=(0, -11),
+                  textcoords="offset points", ha="left", fontsize=8, color="#666666")  # fmt: skip
     series = {
         "BitStack, one artifact opened at any size": (
             [r for r in rows if r["chain"] == "bitstack" and r["opened"]], "o-", "#1b6ca8",
