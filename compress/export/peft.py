@@ -19,7 +19,6 @@ from compress.export import dense, layers
 from compress.records import Streamed, describe, grids
 from compress.skeleton import Skeleton
 from compress.weights import Dense, LowRank, Sum, Weight
-from compress.weights.composed import settled
 from compress.writer import write_text
 
 ADAPTER = "adapter"
@@ -65,7 +64,7 @@ def _config(skeleton: Skeleton) -> dict[str, Any]:
     skeleton.mixed = layers.library(quantized).is_mixed(quantized, checkpoint.cache_scheme)
     streamed = Streamed({}, {}, {}, (torch.empty(0), torch.empty(0)), cache=checkpoint.cache_scheme)
     for name, weight in bases.items():
-        weight = settled(weight, skeleton.mixed)
+        weight = skeleton.settled(weight)
         streamed.add(name, weight, describe(name, weight, weight, [], None), skeleton.is_conv1d(_local(skeleton, name)))
     streamed.add_tables(skeleton.tables(), {}, skeleton.tied_head())
     return artifact_config(skeleton, streamed)
