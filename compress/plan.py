@@ -23,6 +23,7 @@ from compress.passes import Pass, StreamPass
 from compress.records import grids
 from compress.skeleton import Skeleton
 from compress.train_pass import TrainPass
+from compress.trainable import trained_names
 from compress.weights import Affine, Coded, Composed, Weight
 from compress.weights.composed import settled, unmasked
 
@@ -126,13 +127,19 @@ def _planned(skeleton: Skeleton, step: Pass, stage: int) -> PlannedPass:
 def _apply(outlined: Outline, step: Pass) -> list[str]:
     """Let a pass change the outline; returns what the user should know."""
     given_up: dict[str, int] = {}
-    seen = []
-    for _, before, weight in outlined.apply(step):
+    seen, names = [], []
+    for name, before, weight in outlined.apply(step):
         seen.append(before)
+        names += trained_names(name, before)
         lost = "mask" if before.mask is not None and weight.mask is None else None
         lost = "grid" if isinstance(before, Coded) and isinstance(weight, Composed) and not isinstance(weight, Affine) else lost
         if lost and not _has(weight, lost):
             given_up[lost] = given_up.get(lost, 0) + 1
+    if isinstance(step, TrainPass) and not any(map(step.trains_layer, names)):
+        raise BadInput(
+            f"{step.label()}: targets {list(step.targets)} without skip {list(step.skip)} match none of the {len(names)} "
+            f"matrices, such as {names[0]}"
+        )
     parameters = chain.from_iterable(weight.parameters() for weight in seen)
     if isinstance(step, TrainPass) and step.trains == "scales" and not any(map(step.trains_parameter, parameters)):
         raise BadInput(f"{step.label()}: no layer is on a grid whose scales could be trained: put a quantizer before it")

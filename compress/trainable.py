@@ -113,6 +113,15 @@ def trainable(weight: Weight, bias: Tensor | None, device: torch.device) -> Trai
     return layer(weight, bias, device)
 
 
+def trained_names(name: str, weight: Weight) -> Iterator[str]:
+    """The names by which a training pass knows a linear layer: its own, or those of its factors."""
+    if isinstance(weight, LowRank):
+        yield from trained_names(f"{name}.down", weight.down)
+        yield from trained_names(f"{name}.up", weight.up)
+    else:
+        yield name
+
+
 def outline_trained(step: TrainPass, name: str, weight: Weight) -> Weight:
     """What a linear layer, a weight of meta tensors, will have become after training."""
     if isinstance(weight, LowRank):

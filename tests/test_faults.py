@@ -124,6 +124,7 @@ def refused(cli: Callable[..., Outcome], home: Path) -> Callable[..., None]:
         ("logit_kd:length=65", ("65 tokens", "64 positions")),
         ("rtn:targets=*.q_porj", ("['*.q_porj']", "match none of the 14 linear layers", "model.layers.0.self_attn.q_proj")),
         ("rtn:skip=*", ("without skip ['*']", "match none")),
+        ("logit_kd:targets=*.q_porj", ("['*.q_porj']", "match none of the 14 matrices", "model.layers.0.self_attn.q_proj")),
     ],
 )
 def test_passes(refused, step: str, words: tuple[str, ...]):
