@@ -113,7 +113,7 @@ def _recoded_weights(
     old, new = base.codes.flatten()[chosen], steps.clamp(-(2 ** (base.bits - 1)), 2 ** (base.bits - 1) - 1).to(torch.int8)
     if mask is not None:
         new = torch.where(mask.flatten()[chosen], new, old)
-    within = _within(((new - old) * scale).square(), trust, current)
+    within = _within(((new.float() - old) * scale).square(), trust, current)  # a difference of codes may be no code
     codes = base.codes.flatten().clone()
     codes[chosen[within]] = new[within]
     return replace(base, codes=codes.view_as(base.codes))

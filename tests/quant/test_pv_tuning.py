@@ -102,6 +102,13 @@ def test_few_codes_change_and_come_nearer_to_the_buffer(form, matrix):
         assert not everything.base.dense()[~before.mask].any()
 
 
+def test_codes_that_go_from_one_end_of_their_range_to_the_other_are_as_far_as_they_are():
+    grid = Quantized(torch.full((1, 16), -100, dtype=torch.int8), torch.ones(1, 1), None, 8)
+    begun = Buffered.start(grid, 1.0)
+    moved = replace(begun, buffer=begun.buffer.clone().index_fill_(1, torch.tensor([3]), 100.0))  # by half of the norm, 400
+    assert n_changed(begun, moved.recoded(1.0, 0.49, 1)) == 0 and n_changed(begun, moved.recoded(1.0, 0.51, 1)) == 1
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_no_step_is_longer_than_what_is_trusted(form, matrix):
     before, norm = pulled(form, matrix), float(coded(form, matrix).dense().norm())
