@@ -43,10 +43,12 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def take(self, weight: Weight) -> None:
         """Go on from another weight of the same form, such as :attr:`weight` around other fixed parts or other values."""
-        for master, value in zip(self.masters, weight.parameters().values(), strict=True):
+        masters = dict(zip(map(id, weight.parameters().values()), self.masters, strict=True))
+        for value, master in zip(weight.parameters().values(), self.masters, strict=True):
             if value is not master:
                 master.copy_(as_shared(value, master))
-        self.frame, self.chosen = weight, True
+        # Without whole copies of what processes may have parts of.
+        self.frame, self.chosen = weight.map(lambda tensor: masters.get(id(tensor), tensor)), True
 
     @property
     def fixed(self) -> list[Tensor]:

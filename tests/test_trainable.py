@@ -1,4 +1,4 @@
-"""Blocks that are computed again in the backward pass."""
+"""What trainable layers keep, and blocks that are computed again in the backward pass."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from compress.trainable import recomputed_blocks
-from tests.training import SHAPE, TOKENS, compressed, fit, low_rank, make
+from compress.trainable import TrainableLinear, recomputed_blocks
+from compress.weights import Dense, Masked
+from tests.training import SHAPE, TOKENS, compressed, fit, low_rank, make, masked
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,15 @@ def llama() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def tokens() -> Tensor:
     return TOKENS
+
+
+def test_what_is_taken_over_is_kept_without_copies_of_what_is_trained():
+    layer = TrainableLinear(masked(torch.arange(12.0).view(3, 4)), None, torch.device("cpu"))
+    (master,), mask = layer.masters, torch.eye(3, 4, dtype=torch.bool)
+    others = master.detach() + 1
+    layer.take(Masked(Dense(others), mask))
+    assert master.equal(others) and layer.trained().dense().equal(others * mask)
+    assert [value is master for value in layer.frame.parameters().values()] == [True]
 
 
 def saved_bytes(work) -> int:
