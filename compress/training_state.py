@@ -71,9 +71,12 @@ class StateFile(NamedTuple):
 
     def save(self, trainee: Trainee, past: Past, writes: bool) -> None:
         """Write what the next step depends on. All processes call it, of which one ``writes``."""
-        tensors = {f"parameter/{name}": whole(value.detach()) for name, value in trainee.parameters.items()}
+        tensors: dict[str, Tensor] = {}
         for name, value in trainee.parameters.items():
-            tensors |= {f"{key}/{name}": whole(moment) for key, moment in trainee.optimizer.state.get(value, {}).items()}
+            moments = trainee.optimizer.state.get(value, {})
+            for kind, part in {"parameter": value.detach(), **moments}.items():
+                tensor = whole(part)  # one at a time, so that no device needs to have room for all that were shared out
+                tensors |= {f"{kind}/{name}": tensor.cpu()} if writes else {}
         if not writes:
             return
         for name, layer in trainee.layers.items():
