@@ -14,8 +14,11 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from compress.distill.logit_kd import LogitKD
+from compress.prune.gradual import Gradual
+from compress.quant.pv_tuning import PVTuning
 from compress.train import TrainResult, train
-from tests.training import SHAPE, VOCABULARY, compressed, low_rank, make, uneven
+from compress.train_pass import TrainPass
+from tests.training import SHAPE, VOCABULARY, compressed, fixed_parts, low_rank, make, uneven
 
 
 def share(rank: int, port: int, directory: Path, settings: dict[str, Any], outcome: Any) -> None:
@@ -34,7 +37,9 @@ def share(rank: int, port: int, directory: Path, settings: dict[str, Any], outco
     torch.distributed.destroy_process_group()
 
 
-def shared_run(directory: Path, stop: int | None = None, **settings) -> tuple[TrainResult | None, PreTrainedModel]:
+def shared_run(
+    directory: Path, stop: int | None = None, method: type[TrainPass] = LogitKD, **settings
+) -> tuple[TrainResult | None, PreTrainedModel]:
     teacher = make(LlamaConfig(**SHAPE, attention_bias=True))
     student, weights = compressed(teacher, low_rank)
     tokens = torch.randint(0, VOCABULARY, (64, 32), generator=torch.Generator().manual_seed(0))
@@ -45,7 +50,7 @@ def shared_run(directory: Path, stop: int | None = None, **settings) -> tuple[Tr
             raise KeyboardInterrupt
 
     try:
-        result = train(student, weights, teacher, tokens, LogitKD(**settings), seed=0, device="cpu", directory=directory,
+        result = train(student, weights, teacher, tokens, method(**settings), seed=0, device="cpu", directory=directory,
                        progress=progress, save_every=2, counted=uneven(tokens))  # fmt: skip
     except KeyboardInterrupt:
         return None, student
@@ -61,8 +66,11 @@ def shared_run(directory: Path, stop: int | None = None, **settings) -> tuple[Tr
     "settings",
     [
         {"splits": "false"}, {"splits": "true"}, {"splits": "true", "checkpointing": True, "trains": "everything", "patience": 5},
+        {"splits": "true", "method": Gradual, "sparsity": 0.75, "end": 0.9, "every": 1},
+        {"splits": "true", "method": PVTuning, "code_learning_rate": 0.3, "delta_decay": 0.1, "warmup": 0.34},
     ],
-    ids=["whole models", "split parameters", "split parameters, all trained"],
+    ids=["whole models", "split parameters", "split parameters, all trained", "split parameters, masks chosen anew",
+         "split parameters, codes chosen anew"],
 )  # fmt: skip
 def test_two_processes_compute_what_one_does(settings, tmp_path):
     """Uneven numbers of tokens in every share, held-out windows that cannot be shared out evenly, and an interruption."""
@@ -80,6 +88,10 @@ def test_two_processes_compute_what_one_does(settings, tmp_path):
         assert process.exitcode == 0
     alone, student = shared_run(tmp_path / "one", **{name: value for name, value in settings.items() if name != "splits"})
     assert alone is not None
+    _, begun = compressed(make(LlamaConfig(**SHAPE, attention_bias=True)), low_rank)
+    parts = [(fixed_parts(weight), fixed_parts(alone.weights[name])) for name, weight in begun.items()]
+    stayed = all(ours.equal(theirs) for before, after in parts for ours, theirs in zip(before, after, strict=True))
+    assert stayed is ("method" not in settings)
     torch.testing.assert_close(torch.tensor(history), torch.tensor(alone.history), rtol=1e-5, atol=0)
     torch.testing.assert_close(torch.tensor(held_out), torch.tensor(alone.held_out), rtol=1e-5, atol=0)
     for ours, theirs in zip(values, alone.weights.values(), strict=True):
