@@ -62,7 +62,7 @@ class BitCurve(BitLaw):
 class QuantizedRun(BaseModel):
     """One measured model. recipe: its passes, the quantizers without their options. bits: per weight of the compressed layers,
     scales and indices included. loss: above the base model's on the held-out windows, nats per token. error: its standard
-    error, where known. nbytes: of the weight files."""
+    error, where known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
