@@ -102,9 +102,7 @@ def train(
     """
     if step.needs.teacher and teacher is None:
         raise BadInput(f"{step.method()} needs the uncompressed model as a teacher, and none was given")
-    used = torch.arange(len(tokens)) if counted is None else counted[:, 1:].any(1).nonzero().flatten()
-    if not len(used) or tokens.shape[1] < 2:
-        raise BadInput(f"{step.method()} predicts a token from those before it: tokens {tuple(tokens.shape)} hold none")
+    used = _used(step, tokens, counted)
     directory.mkdir(parents=True, exist_ok=True)
     give_back_large_blocks()
     state = StateFile(directory / STATE_FILE, fingerprint(weights, tokens, counted, step, seed), save_every)
@@ -130,6 +128,14 @@ def train(
         if spec_of(weight) == spec_of(weights[name]):
             write_back(student.get_submodule(name), weight, layers[name].bias)
     return TrainResult(trained, past.losses, past.held_out, past.best_step if past.best else len(past.losses))
+
+
+def _used(step: TrainPass, tokens: Tensor, counted: Tensor | None) -> Tensor:
+    """The sequences of which some token is to be predicted: (n,) int64."""
+    used = torch.arange(len(tokens)) if counted is None else counted[:, 1:].any(1).nonzero().flatten()
+    if not len(used) or tokens.shape[1] < 2:
+        raise BadInput(f"{step.method()} predicts a token from those before it: tokens {tuple(tokens.shape)} hold none")
+    return used
 
 
 def _form(step: TrainPass, name: str, weight: Weight, seed: int) -> Weight:
