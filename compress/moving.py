@@ -41,7 +41,9 @@ class Moving(Quantized):
     def start(cls, grid: Quantized, kept: Tensor | None, original: Tensor) -> Moving:
         """Each weight as near to the ``original``'s, (out, in), as it is without another code: those that a small move would
         have rounded elsewhere are the first to move."""
-        first = grid.codes if grid.zero_point is None else grid.codes - grid.zero_point.repeat_interleave(grid.group_size, 1)
+        first = grid.codes.float()  # of 8 bits, a code less a zero-point is more than int8 holds
+        if grid.zero_point is not None:
+            first = first - grid.zero_point.repeat_interleave(grid.group_size, 1)
         positions = torch.clamp(steps_of(original, grid.scale), first - _REACH, first + _REACH)
         return cls(**vars(grid), positions=positions, kept=kept)
 

@@ -24,6 +24,13 @@ def test_at_first_it_is_the_grid(symmetric, known):
     assert (begun.shape, begun.dtype, begun.nbytes) == (first.shape, first.dtype, first.nbytes)
 
 
+def test_a_grid_of_eight_bits_whose_zero_lies_at_one_end_is_itself_at_first():
+    """Its codes are up to 255 steps from zero."""
+    first = RTN(bits=8, group_size=16, symmetric=False).linear(torch.rand(6, 32), None, None)
+    assert isinstance(first, Quantized) and int((first.codes.int() - first.zero_point.repeat_interleave(16, 1)).max()) > 200
+    assert moving(first).dense().equal(first.dense())
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_weights_begin_as_near_to_the_original_as_their_codes_let_them(symmetric):
     first = grid(symmetric)
