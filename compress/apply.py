@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from compress.skeleton import Skeleton
 from compress.stats import LinearStats
 from compress.weights import Coded, Composed, Dense, Incoherent, LowRank, Masked, SparsePart, Sum, TensorTrain, Weight, opened
 from compress.weights.composed import unmasked
+from compress.weights.matrix import counted
 
 
 def apply(step: StreamPass, weight: Weight, stats: LinearStats, original: Tensor | None = None) -> Weight:
@@ -70,9 +70,7 @@ def outline(step: StreamPass, weight: Weight) -> Weight:
     if isinstance(step, StoragePass):
         return step.store(weight)
     result = step.outline(weight.dense(), _no_stats(weight), weight.mask)
-    counts = [part.n_kept for part in (weight, result) if isinstance(part, Masked) and part.n_kept is not None]
-    settled = _settle(step, weight, result)
-    return replace(settled, n_kept=min(counts)) if counts and isinstance(settled, Masked) else settled
+    return counted(_settle(step, weight, result), weight, result)
 
 
 def outlines(

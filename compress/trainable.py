@@ -17,6 +17,7 @@ from compress.sharding import as_shared, decoder_blocks, whole
 from compress.train_pass import TrainPass
 from compress.weights import Composed, LowRank, Weight
 from compress.weights.composed import unmasked
+from compress.weights.matrix import counted
 
 
 class TrainableLinear(nn.Module):
@@ -128,7 +129,10 @@ def outline_trained(step: TrainPass, name: str, weight: Weight) -> Weight:
     """What a linear layer, a weight of meta tensors, will have become after training."""
     if isinstance(weight, LowRank):
         return LowRank(outline_trained(step, f"{name}.down", weight.down), outline_trained(step, f"{name}.up", weight.up))
-    return step.outline(weight) if step.trains_layer(name) else weight
+    if not step.trains_layer(name):
+        return weight
+    outlined = step.outline(weight)
+    return counted(outlined, weight, outlined)
 
 
 def _master(value: Tensor, device: torch.device) -> nn.Parameter:

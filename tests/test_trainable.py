@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from compress.trainable import TrainableLinear, recomputed_blocks
-from compress.weights import Dense, Masked
+from compress.distill.logit_kd import LogitKD
+from compress.distill.lora import LoRA
+from compress.quant.bitnet import BitNet
+from compress.quant.llm_qat import LLMQAT
+from compress.trainable import TrainableLinear, outline_trained, recomputed_blocks
+from compress.weights import Dense, Masked, bitmasked
 from tests.training import SHAPE, TOKENS, compressed, fit, low_rank, make, masked
 
 
@@ -29,6 +35,15 @@ def test_what_is_taken_over_is_kept_without_copies_of_what_is_trained():
     layer.take(Masked(Dense(others), mask))
     assert master.equal(others) and layer.trained().dense().equal(others * mask)
     assert [value is master for value in layer.frame.parameters().values()] == [True]
+
+
+@pytest.mark.parametrize("step", [LogitKD(), LoRA(rank=2), BitNet(), LLMQAT(bits=4)], ids=lambda step: step.method())
+def test_a_plan_knows_what_a_bitmask_will_take_after_training(step):
+    before = masked(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16))
+    before = before.masked(before.mask & (torch.arange(64 * 128).view(64, 128) % 4 == 0))
+    outlined = replace(before.map(lambda tensor: tensor.to("meta")), n_kept=before.numel)
+    after = step.settle(step.adapt(before, torch.Generator()))
+    assert bitmasked(outline_trained(step, "layer", outlined)).nbytes == bitmasked(after).nbytes < after.nbytes
 
 
 def saved_bytes(work) -> int:

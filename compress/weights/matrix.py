@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -174,3 +174,10 @@ class Masked(Weight):
     def masked(self, mask: Tensor) -> Masked:
         both = mask & self.kept
         return Masked(self.inner.masked(both).inner, both)
+
+
+def counted(weight: Weight, *known: Weight) -> Weight:
+    """A weight of meta tensors with what is known of how many entries its mask keeps: as few as the fewest of those ``known``,
+    which are what it was or is made of."""
+    counts = [part.n_kept for part in known if isinstance(part, Masked) and part.n_kept is not None]
+    return replace(weight, n_kept=min(counts)) if counts and isinstance(weight, Masked) else weight
