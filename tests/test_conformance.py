@@ -32,9 +32,8 @@ LINEAR = [key for key in METHODS if issubclass(methods.get(key), LinearPass)]
 FACTORISING = [key for key in LINEAR if methods.get(key).factorises]
 MODEL = [key for key in METHODS if issubclass(methods.get(key), ModelPass)]
 EACH_FORM = (
-    "gptq", "fp8", "mxfp4", "nf4", "llm_int8", "hqq", "loftq", "spqr", "quip", "embeddings", "kv_cache", "wanda", "pack",
-    "minitron", "flap", "slicegpt", "foldgpt", "shortgpt", "svd", "losparse", "compactifai", "tensorgpt", "vptq", "billm",
-    "bitstack", "nested", "logit_kd",
+    "gptq", "fp8", "nf4", "llm_int8", "hqq", "spqr", "quip", "embeddings", "kv_cache", "pack", "flap", "slicegpt", "foldgpt",
+    "svd", "losparse", "compactifai", "vptq", "billm", "bitstack", "logit_kd",
 )  # fmt: skip
 """A method for every form that an artifact can have. Those of the others are opened in this process by default, and in a fresh
 one by slow tests."""

@@ -157,7 +157,7 @@ def test_a_training_stage_equals_training_in_memory(
     step = make_pass(method)
     texts, source = read_text(calibration.data)
     drawn = windows(tokenizer, texts, source, n=step.n_windows, length=step.length, seed=0, at_most=True)
-    before = make_pass("svd" if step.trains == "factors" else "wanda")
+    before = make_pass({"factors": "svd", "scales": "hqq"}.get(step.trains, "wanda"))
     compressed = run_stages(llama, [before])
     student, masked = reload(compressed), Skeleton(Checkpoint(compressed))
     weights = {
