@@ -63,7 +63,7 @@ class Adapted(Weight):
     def beside(self) -> Sum:
         """The base as it is, and its change. Raises ValueError where the base has a mask."""
         if self.mask is not None:
-            raise ValueError("a change beside a matrix would fill the zeros of its mask")
+            raise ValueError("a change beside a matrix would fill the zeros of its mask; kept weights take it up (merge=true)")
         parts = self.base.parts if isinstance(self.base, Sum) else (self.base,)
         return Sum((*parts, self.change()))
 

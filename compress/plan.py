@@ -84,16 +84,17 @@ def make_plan(
 ) -> Plan:
     """Plan ``stages`` (passes grouped as the pipeline runs them). Raises BadInput for a result that no reader would open."""
     outlined, planned, warnings = Outline(Skeleton(checkpoint)), [], []
-    peak, operations, n_original = 0, 0.0, n_parameters(outlined)
+    peak, operations, trained, n_original = 0, 0.0, 0.0, n_parameters(outlined)
     for index, stage in enumerate(stages):
         if isinstance(stage[0], TrainPass):
             n_student, n_teacher = n_parameters(outlined), _n_teacher(stage[0], n_original)
             peak = max(peak, _training_peak(outlined.skeleton, stage[0], n_student, n_teacher, length))
-            operations += _training_operations(stage[0], n_student, n_teacher, length)
+            trained += _training_operations(stage[0], n_student, n_teacher, length)
             warnings += _capacity_gap(stage[0], n_student, n_teacher)
         else:
             peak = max(peak, _stage_peak(outlined.skeleton, stage, samples, length, dtype))
             operations += _stage_operations(outlined.skeleton, stage, samples, length)
+            trained += _learning_operations(outlined.skeleton, stage, samples, length)
         for step in stage:
             planned.append(_planned(outlined.skeleton, step, index))
             warnings += _apply(outlined, step)
@@ -114,7 +115,7 @@ def make_plan(
         warnings=warnings,
         computes_as_stored=library is layers.bitsandbytes,
         peak_bytes=peak,
-        seconds=operations / operations_per_second(dtype),
+        seconds=operations / operations_per_second(dtype) + trained / operations_per_second(torch.float32),  # as masters are
     )
 
 
@@ -191,8 +192,12 @@ def _stage_operations(skeleton: Skeleton, stage: Sequence[Pass], samples: int, l
     solve = (
         sum(4.0 * rows * columns**2 for rows, columns in shapes.values()) if needs & {"hessian", "covariance"} else 20.0 * block
     )
-    learned = sum(step.learning_tokens(samples, length) for step in stage if isinstance(step, StreamPass))
-    return len(skeleton.blocks) * (per_token * samples * length + 6.0 * block * learned + solve * len(stage))
+    return len(skeleton.blocks) * (per_token * samples * length + solve * len(stage))
+
+
+def _learning_operations(skeleton: Skeleton, stage: Sequence[Pass], samples: int, length: int) -> float:
+    parameters = len(skeleton.blocks) * sum(rows * columns for rows, columns in _block_shapes(skeleton).values())
+    return 6.0 * parameters * sum(step.learning_tokens(samples, length) for step in stage if isinstance(step, StreamPass))
 
 
 def n_parameters(outlined: Outline) -> int:
@@ -242,10 +247,11 @@ def _block_shapes(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
 
 
 def operations_per_second(dtype: torch.dtype) -> float:
-    """Speed of a matrix product on this machine's CPU, from one that takes milliseconds."""
+    """Speed of a matrix product on this machine's CPU: the best of a few that take milliseconds, since others may run beside."""
     matrix = torch.ones(512, 512, dtype=dtype)
-    torch.mm(matrix, matrix)
-    start = time.perf_counter()
-    for _ in range(4):
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
         torch.mm(matrix, matrix)
-    return 4 * 2 * 512**3 / max(time.perf_counter() - start, 1e-6)
+        seconds.append(time.perf_counter() - start)
+    return 2 * 512**3 / max(min(seconds), 1e-6)

@@ -174,6 +174,16 @@ def test_plan_in_words(cli, llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("step", ["logit_kd:steps=2", "block_ap:group_size=16"])
+def test_training_is_reckoned_at_the_speed_of_float32_whatever_the_forward_passes_compute_in(
+    cli, llama: Path, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    monkeypatch.setattr("compress.plan.operations_per_second", {torch.float32: 1e9, torch.bfloat16: 1e18}.__getitem__)
+    plans = [json.loads(cli("plan", llama, step, "--dtype", dtype, "--json").out) for dtype in ("float32", "bfloat16")]
+    seconds = [plan["seconds"] for plan in plans]
+    assert 0.5 * seconds[0] < seconds[1] <= seconds[0]
+
+
 def test_plan_warns_where_a_pass_undoes_another(cli, llama: Path):
     outcome = cli("plan", llama, "wanda", "svd:targets=*.q_proj")
     assert "warning: svd:targets=*.q_proj gives up the mask" in outcome.out and "2 layers" in outcome.out
