@@ -209,12 +209,13 @@ def plan_command(
 
 @app.command("methods")
 def methods_command(
+    names: Annotated[list[str] | None, typer.Argument(help="of the methods to show [all]")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="the table of the README")] = False,
 ) -> None:
-    """Show the taxonomy tree with every method, its options and defaults."""
+    """Show the taxonomy tree with methods, their options and defaults."""
     from compress import methods
 
-    typer.echo(methods.markdown() if markdown else methods.tree())
+    typer.echo(methods.markdown() if markdown else methods.tree(names or ()))
 
 
 @app.command("eval")

@@ -7,6 +7,7 @@ through the entry point group ``compress.methods`` (``key = "package.module:Clas
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -131,12 +132,13 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-def tree() -> str:
-    """The survey's taxonomy with every method, its options and their defaults."""
-    lines = []
+def tree(keys: Sequence[str] = ()) -> str:
+    """The survey's taxonomy with these methods (none: every one), their options and defaults. Raises :class:`BadInput` for an
+    unknown one."""
+    lines, shown = [], {key: get(key) for key in keys} or available()
     for taxon in Taxon:
-        members = {key: method for key, method in available().items() if method.taxon == taxon}
-        lines.append(taxon.value if members else f"{taxon.value}  (none yet)")
+        if members := {key: method for key, method in shown.items() if method.taxon == taxon}:
+            lines.append(taxon.value)
         for key, method in members.items():
             lines.append(f"  {key}  {summary(method)}")
             lines += [f"      {name}={default}  {text}".rstrip() for name, default, text in options(method)]

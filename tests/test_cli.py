@@ -217,6 +217,14 @@ def test_methods_lists_every_option_and_default(cli):
             assert line.strip() == f"{name}={default}  {description}".strip()
 
 
+def test_methods_shows_those_that_are_named(cli):
+    told = cli("methods", "gptq", "wanda").out
+    assert [line.split()[0] for line in told.splitlines() if line.startswith("  ") and line[2] != " "] == ["gptq", "wanda"]
+    assert "act_order" in told
+    refused = cli("methods", "gtpq")
+    assert refused.code == 2 and "gptq" in refused.err
+
+
 def test_methods_markdown(cli):
     lines = cli("methods", "--markdown").out.strip().splitlines()
     assert len(lines) == 2 + len(methods.available())
