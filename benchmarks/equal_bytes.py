@@ -133,7 +133,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.08, 0.11, 0.60, 0.78))
     axes.axhline(content["base"], color="#666666", linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(0.815, content["base"], "base model, 100 % of the bytes", va="bottom", ha="right", fontsize=8, color="#666666")
+    axes.text(0.6, content["base"] * 0.995, "base model, 100 % of the bytes", va="top", ha="center", fontsize=8, color="#666666")
     for color, name in zip(colors, CHAINS, strict=True):
         for is_healed in (False, True):
             points = sorted(
@@ -153,7 +153,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     worst = max(row["perplexity"] for row in content["rows"])
-    axes.set_ylim(content["base"] * 0.97, min(worst * 1.08, 1000))
+    axes.set_ylim(content["base"] * 0.95, min(worst * 1.08, 1000))
     axes.grid(color="#E6E6E6", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.text(0.08, 0.94, "Equal true bytes", fontsize=14, fontweight="bold")
