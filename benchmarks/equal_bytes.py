@@ -40,7 +40,7 @@ CHAINS: dict[str, tuple[str, tuple[float, float], tuple[float, ...]]] = {
     "low rank + sparse": ("sltrain:ratio={:.4f}", (0.05, 0.995), BUDGETS),
     "unstructured pruning": ("sparsegpt:sparsity={:.4f} pack", (0.9, 0.01), BUDGETS),
     "width pruning": ("minitron:sparsity={:.4f}", (0.9, 0.01), BUDGETS),
-    "quantization": ("mixed:bits={:.3f}", (2.2, 8.2), (0.6, 0.4)),
+    "quantization": ("mixed:bits={:.3f}", (2.2, 8.0), (0.6, 0.4)),
     "low rank > quantization": ("svd_llm:ratio={:.4f},ranks=loss gptq:bits=8", (0.05, 0.995), (0.4,)),
     "pruning > quantization": ("sparsegpt:sparsity={:.4f} gptq:bits=8 pack", (0.9, 0.01), (0.4,)),
     "width > quantization": ("minitron:sparsity={:.4f} gptq:bits=8", (0.9, 0.01), (0.4,)),
