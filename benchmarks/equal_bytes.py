@@ -201,7 +201,8 @@ def main() -> int:
                 f"{SAMPLES} calibration windows of {length} tokens; distillation: logit_kd, {STEPS} steps of 8 x 64 tokens, "
                 f"learning rate {RATE:g}; float32, seed 0."
             )
-            known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+            old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            known = old["rows"] if old.get("protocol") == protocol else []
             RESULTS.write_text(json.dumps({"protocol": protocol, "base": base, "rows": known}, indent=1) + "\n")
             calibration = Calibration(samples=SAMPLES, length=length)
             rows(lambda chain: measure(chain.split(), calibration, chosen.tokens, stored, Path(scratch) / "out"), known)

@@ -53,7 +53,7 @@ def measure(model: Path, chain: str, judge: Judge, calibration: Calibration) -> 
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        result = Pipeline(chain.split(), calibration=calibration, evaluate=False).run(model, out, progress=clock)
+        result = Pipeline(chain.split(), calibration=calibration, evaluate=False, dtype="float32").run(model, out, progress=clock)
         return {
             "chain": chain, "bits": true_bits(result), "bytes": result.bytes, "bits_per_byte": judge(out),
             "seconds_per_million": round(clock.seconds * 1e6 / result.manifest.parameters, 1),

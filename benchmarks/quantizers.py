@@ -95,7 +95,9 @@ def true_bits(result: Result) -> float | None:
 def measure(chain: list[str], calibration: Calibration, tokens: torch.Tensor, stored: Path, out: Path) -> dict[str, Any]:
     """One row."""
     clock = Clock()
-    result = Pipeline(chain, calibration=calibration, evaluate=False).run(MODEL, out, overwrite=True, progress=clock)
+    result = Pipeline(chain, calibration=calibration, evaluate=False, dtype="float32").run(
+        MODEL, out, overwrite=True, progress=clock
+    )
     fidelity = compare(load_model(out, torch.float32, "cpu"), tokens, stored)
     millions = Checkpoint.open(MODEL).nbytes / 2e6  # of a 16-bit file
     config = json.loads((out / "config.json").read_text())

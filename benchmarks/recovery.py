@@ -61,7 +61,9 @@ def measure(model: Path, compression: str, recovery: str, judge: Judge, calibrat
     start = time.process_time()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        result = Pipeline(f"{compression} {recovery}".split(), calibration=calibration, evaluate=False).run(model, out)
+        result = Pipeline(f"{compression} {recovery}".split(), calibration=calibration, evaluate=False, dtype="float32").run(
+            model, out
+        )
         seconds = time.process_time() - start
         return {
             "compression": compression, "recovery": recovery, "bits_per_byte": judge(out), "bytes": result.bytes,

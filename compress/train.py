@@ -100,9 +100,7 @@ def train(
     CompressError when the loss or its gradient is not finite (the student's norms and biases are then spoilt; where processes
     shared out parameters, these are gone).
     """
-    if step.needs.teacher and teacher is None:
-        raise BadInput(f"{step.method()} needs the uncompressed model as a teacher, and none was given")
-    used = _used(step, tokens, counted)
+    used = _used(step, teacher, tokens, counted)
     directory.mkdir(parents=True, exist_ok=True)
     give_back_large_blocks()
     state = StateFile(directory / STATE_FILE, fingerprint(weights, tokens, counted, step, seed), save_every)
@@ -130,8 +128,10 @@ def train(
     return TrainResult(trained, past.losses, past.held_out, past.best_step if past.best else len(past.losses))
 
 
-def _used(step: TrainPass, tokens: Tensor, counted: Tensor | None) -> Tensor:
-    """The sequences of which some token is to be predicted: (n,) int64."""
+def _used(step: TrainPass, teacher: Teacher | None, tokens: Tensor, counted: Tensor | None) -> Tensor:
+    """The sequences of which some token is to be predicted: (n,) int64. Raises BadInput where nothing can be trained on."""
+    if step.needs.teacher and teacher is None:
+        raise BadInput(f"{step.method()} needs the uncompressed model as a teacher, and none was given")
     used = torch.arange(len(tokens)) if counted is None else counted[:, 1:].any(1).nonzero().flatten()
     if not len(used) or tokens.shape[1] < 2:
         raise BadInput(f"{step.method()} predicts a token from those before it: tokens {tuple(tokens.shape)} hold none")

@@ -119,7 +119,8 @@ def test_layers_of_an_input_group_share_one_root(monkeypatch):
 def test_wide_layers_need_no_root(monkeypatch):
     monkeypatch.setattr("compress.lowrank.svd_llm.root_of", lambda _: pytest.fail("a root was taken"))
     for ridge in (0.0, 0.1):
-        SVDLLM(rank=9, ridge=ridge).linear(torch.randn(24, 40), stats_of(correlated(80, 40)), None)
+        result = SVDLLM(rank=9, ridge=ridge).linear(torch.randn(24, 40), stats_of(correlated(80, 40)), None)
+        assert isinstance(result, LowRank) and result.rank == 9
 
 
 def moved(x: torch.Tensor, before: torch.Tensor, dtype: torch.dtype = torch.float64) -> LinearStats:
