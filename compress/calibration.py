@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from compress.errors import BadInput, explain
 from compress.texts import Document, Record, read_text
 
-__all__ = ["DEFAULT_LENGTH", "Windows", "load_tokenizer", "read_text", "window_length", "windows"]
+__all__ = ["DEFAULT_LENGTH", "Begin", "Windows", "load_tokenizer", "read_text", "surroundings", "window_length", "windows"]
 
+Begin = Literal["anywhere", "documents"]
 DEFAULT_LENGTH = 512
 _CHUNK_CHARACTERS = 1 << 20
 
@@ -60,54 +61,115 @@ def window_length(requested: int | None, config: Any) -> int:
     return requested or min(DEFAULT_LENGTH, maximum)
 
 
+def surroundings(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after every text, such as Llama's and Gemma's first token."""
+    inner = _ids(tokenizer, "a")
+    whole = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+    return whole[:at], whole[at + len(inner) :]
+
+
 def windows(
-    tokenizer: Any, texts: Iterable[Document], source: str, *, n: int, length: int, seed: int, at_most: bool = False
-) -> Windows:
+    tokenizer: Any, texts: Iterable[Document], source: str, *, n: int, length: int, seed: int, at_most: bool = False,
+    begin: Begin = "anywhere",
+) -> Windows:  # fmt: skip
     """``n`` windows of ``length`` tokens, drawn without overlap and in a seeded order.
 
-    Plain documents are joined, separated by the tokenizer's end-of-text token where it has one, and cut. Records are packed:
-    several in a window, each followed by that token, which is to be predicted too; a record begins a new window where it would
-    not fit, and what is longer than a window loses its end. Raises :class:`BadInput` where the text is too short; at_most:
-    fewer windows than ``n`` will do.
+    Every window and every document begins as the tokenizer begins a text: some models predict nothing right without their first
+    token. Plain documents are joined, separated by the tokenizer's end-of-text token where it has one, and cut; with
+    ``begin="documents"`` a window holds the beginning of a document, and those that follow where that one is too short. Records
+    are packed: several in a window, each followed by that token, which is to be predicted too; a record begins a new window
+    where it would not fit, and what is longer than a window loses its end. Raises :class:`BadInput` where the text is too short;
+    at_most: fewer windows than ``n`` will do.
     """
-    separator = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    ids: list[int] = []
+    before, after = surroundings(tokenizer)
+    separator = after or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
+    plain = _Cut(length, before, begin)
     packed = _Packed(length, filler=next(iter(separator), 0))
-    wanted = 4 * n * length  # enough to draw from; the rest of a huge corpus is never tokenised
     for text in texts:
         if isinstance(text, Record):
-            packed.add([(_ids(tokenizer, piece), counted) for piece, counted in text.spans(tokenizer)], separator, text.task)
+            pieces = [(_ids(tokenizer, piece), counted) for piece, counted in text.spans(tokenizer)]
+            packed.add(_begun(pieces, before), separator, text.task)
         else:
+            plain.begin()
             for start in range(0, len(text), _CHUNK_CHARACTERS):
-                ids += _ids(tokenizer, text[start : start + _CHUNK_CHARACTERS])
-                if len(ids) >= wanted:
+                plain.add(_ids(tokenizer, text[start : start + _CHUNK_CHARACTERS]))
+                if len(plain.rows) >= 4 * n:  # enough to draw from; the rest of a huge corpus is never tokenised
                     break
-            ids += separator
-        if len(ids) + length * len(packed.rows) >= wanted:
+            plain.add(separator)
+        if len(plain.rows) + len(packed.rows) >= 4 * n:
             break
-    n_plain = len(ids) // length
-    available = n_plain + len(packed.rows)
+    available = len(plain.rows) + len(packed.rows)
     if available < (1 if at_most else n):
-        fewer = f"at most {available} samples (--samples {available})" if available else "fewer samples (--samples)"
-        raise BadInput(
-            f"{source}: {len(ids) + packed.n_tokens} tokens are too few for {n} windows of {length}; give more text, {fewer} or "
-            "shorter windows (--length)"
-        )
+        raise _too_few(source, plain, packed, n, begin)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:n]
-    tokens = torch.tensor([ids[: n_plain * length]], dtype=torch.int64).reshape(n_plain, length)
+    tokens = torch.tensor(plain.rows, dtype=torch.int64).reshape(-1, length)
     counted = tasks = None
     if packed.rows:
-        plain = torch.ones(n_plain, length, dtype=torch.bool)
-        counted = torch.cat([plain, torch.tensor(packed.counted, dtype=torch.bool)])[order].contiguous()
+        known = torch.ones(len(plain.rows), length, dtype=torch.bool)
+        counted = torch.cat([known, torch.tensor(packed.counted, dtype=torch.bool)])[order].contiguous()
         tokens = torch.cat([tokens, torch.tensor(packed.rows, dtype=torch.int64)])
-        tasks = torch.cat([plain.new_zeros(plain.shape, dtype=torch.int8), torch.tensor(packed.tasks, dtype=torch.int8)])[order]
+        tasks = torch.cat([known.new_zeros(known.shape, dtype=torch.int8), torch.tensor(packed.tasks, dtype=torch.int8)])[order]
     tokens = tokens[order].contiguous()
     digest = hashlib.sha256(tokens.numpy().tobytes() + (b"" if counted is None else counted.numpy().tobytes()))
     return Windows(tokens, digest.hexdigest(), source, counted, tasks if tasks is not None and bool(tasks.any()) else None)
 
 
+def _too_few(source: str, plain: _Cut, packed: _Packed, n: int, begin: Begin) -> BadInput:
+    available, length = len(plain.rows) + len(packed.rows), plain.length
+    fewer = f"at most {available} samples (--samples {available})" if available else "fewer samples (--samples)"
+    if begin == "documents" and plain.n_tokens // length > available:
+        return BadInput(
+            f"{source}: only {available} windows of {length} tokens begin with a document, {n} are wanted; give more documents, "
+            f"{fewer}, or let windows begin anywhere (--begin anywhere)"
+        )
+    return BadInput(
+        f"{source}: {plain.n_tokens + packed.n_tokens} tokens are too few for {n} windows of {length}; give more text, {fewer} "
+        "or shorter windows (--length)"
+    )
+
+
+def _begun(pieces: list[tuple[list[int], bool]], before: list[int]) -> list[tuple[list[int], bool]]:
+    """A record's pieces, the first of which begins as every text does; chat templates write that themselves."""
+    first = pieces[0][0] if pieces else []
+    return pieces if first[: len(before)] == before else [(before, False), *pieces]
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class _Cut:
+    """Windows of plain documents. rows: their tokens; n_tokens: of all documents."""
+
+    def __init__(self, length: int, before: list[int], begin: Begin):
+        self.length, self.only_beginnings = length, begin == "documents"
+        self.before = before if len(before) < length else []
+        self.rows: list[list[int]] = []
+        self.rest: list[int] = []
+        self.n_tokens = 0
+        self.full = False
+
+    def begin(self) -> None:
+        """A document begins."""
+        self.full = False
+        self.add(self.before)
+
+    def add(self, ids: list[int]) -> None:
+        """It goes on."""
+        self.n_tokens += len(ids)
+        if self.full:
+            return
+        self.rest += ids
+        position, n_before = 0, len(self.before)
+        while not self.full:
+            head = [] if self.rest[position : position + n_before] == self.before else self.before
+            end = position + self.length - len(head)
+            if end > len(self.rest):
+                break
+            self.rows.append(head + self.rest[position:end])
+            position, self.full = end, self.only_beginnings
+        self.rest = [] if self.full else self.rest[position:]
 
 
 class _Packed:

@@ -43,6 +43,10 @@ Passes = Annotated[list[str] | None, typer.Argument(help="`name:key=value,key=va
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="a YAML recipe, or the name of a preset")]
 CalibrationOption = Annotated[str | None, typer.Option(help=".txt, .jsonl, .parquet or hub dataset; default: bundled text")]
 Column = Annotated[str | None, typer.Option(help="the text's column in that data")]
+BeginOption = Annotated[
+    str | None,
+    typer.Option("--begin", help="where windows begin: anywhere in joined text, or only where documents do [anywhere]"),
+]
 Samples = Annotated[int | None, typer.Option(help="calibration windows [128]")]
 Length = Annotated[int | None, typer.Option(help="tokens per window [512]")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, comma-separated")]
@@ -123,9 +127,10 @@ def run_command(
     model: Model = None, passes: Passes = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="output directory")] = None,
     recipe: RecipeOption = None, calibration: CalibrationOption = None, column: Column = None, samples: Samples = None,
-    length: Length = None, tasks: Tasks = None, include: Include = None, limit: Limit = None, n_shot: Shots = None,
-    batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False,
-    streamed: StreamedOption = None, reference: References = None, training_tokens: TrainingTokens = None,
+    length: Length = None, begin: BeginOption = None, tasks: Tasks = None, include: Include = None, limit: Limit = None,
+    n_shot: Shots = None, batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None,
+    log_samples: LogSamples = False, streamed: StreamedOption = None, reference: References = None,
+    training_tokens: TrainingTokens = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="do not measure base and result")] = False,
     seed: Seed = None, device: Device = None, dtype: Dtype = None, effort: Effort = None, overwrite: Overwrite = False,
     as_json: Json = False,
@@ -144,7 +149,7 @@ def run_command(
 
     settings = _recipe(
         model, passes, recipe,
-        calibration={"data": calibration, "samples": samples, "length": length, "column": column},
+        calibration={"data": calibration, "samples": samples, "length": length, "column": column, "begin": begin},
         evaluation=_measuring(
             tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
             log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
@@ -181,9 +186,9 @@ def _printable(text: str) -> str:
 @app.command("plan")
 def plan_command(
     model: Model = None, passes: Passes = None, recipe: RecipeOption = None, calibration: CalibrationOption = None,
-    column: Column = None, samples: Samples = None, length: Length = None, tasks: Tasks = None, include: Include = None,
-    limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None, data: Data = None, task_seed: TaskSeed = None,
-    log_samples: LogSamples = False, streamed: StreamedOption = None, reference: References = None,
+    column: Column = None, samples: Samples = None, length: Length = None, begin: BeginOption = None, tasks: Tasks = None,
+    include: Include = None, limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None, data: Data = None,
+    task_seed: TaskSeed = None, log_samples: LogSamples = False, streamed: StreamedOption = None, reference: References = None,
     training_tokens: TrainingTokens = None, seed: Seed = None, device: Device = None, dtype: Dtype = None,
     effort: Effort = None, as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="ignored: a plan writes nothing")] = None,
@@ -195,7 +200,7 @@ def plan_command(
 
     settings = _recipe(
         model, passes, recipe,
-        calibration={"data": calibration, "samples": samples, "length": length, "column": column},
+        calibration={"data": calibration, "samples": samples, "length": length, "column": column, "begin": begin},
         evaluation=_measuring(
             tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
             log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,

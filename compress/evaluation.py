@@ -131,6 +131,8 @@ def command(recipe: Recipe, name: str) -> str:
     calibration = recipe.calibration
     flags = [
         ("--calibration", calibration.data, None),
+        ("--column", calibration.column, "text"),
+        ("--begin", calibration.begin, "anywhere"),
         ("--samples", calibration.samples, 128),
         ("--length", calibration.length, None),
         ("--seed", recipe.seed, 0),

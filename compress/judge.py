@@ -45,6 +45,7 @@ from compress.skeleton import Skeleton
 log = logging.getLogger(__name__)
 
 FACTS_TASK = "demo_facts"
+_BEGUN = ", each begun by a document"
 ROOM = 1.2  # of the weights: what opening and running a model takes
 
 
@@ -89,10 +90,12 @@ class Judge:
             length=length,
             seed=evaluation.seed,
             at_most=evaluation.data is None,
+            begin=evaluation.begin,
         )
         self.n_bytes = sum(self._text_bytes(row) - self._text_bytes(row[:1]) for row in self.windows.tokens)
         self.protocol = Protocol(
-            data=f"{source}, {len(self.windows.tokens)} windows", context_length=length, dtype=str(dtype).removeprefix("torch."),
+            data=f"{source}, {len(self.windows.tokens)} windows{_BEGUN if evaluation.begin == 'documents' else ''}",
+            context_length=length, dtype=str(dtype).removeprefix("torch."),
             device=device, seed=evaluation.seed, limit=evaluation.limit, n_shot=evaluation.n_shot, versions=versions(),
         )  # fmt: skip
         settings = evaluation.model_dump(mode="json", exclude={"log_samples", "references", "training_tokens"}) | {

@@ -264,8 +264,7 @@ class _Run:
         for warning in self.plan.warnings:
             log.warning(warning)
         self.dtype = self._readers_dtype()
-        texts, origin = read_text(settings.data, settings.column, settings.split)
-        chosen = windows(self.tokenizer, texts, origin, n=settings.samples, length=length, seed=self.recipe.seed)
+        chosen = self._windows(settings.data, "calibration", settings.samples, length)
         self.training_windows = {
             number: self._training_windows(stage[0], chosen)
             for number, stage in enumerate(self.stages) if isinstance(stage[0], TrainPass)
@@ -327,10 +326,12 @@ class _Run:
 
     def _training_windows(self, step: TrainPass, chosen: Windows) -> Windows:
         length = window_length(step.length or chosen.tokens.shape[1], self.checkpoint.config)
-        calibration = self.recipe.calibration
-        data = step.data or calibration.data
-        texts, origin = read_text(data, calibration.column, calibration.split, bundled="train")
-        return windows(self.tokenizer, texts, origin, n=step.n_windows, length=length, seed=self.recipe.seed, at_most=True)
+        return self._windows(step.data or self.recipe.calibration.data, "train", step.n_windows, length, at_most=True)
+
+    def _windows(self, data: str | None, bundled: str, n: int, length: int, at_most: bool = False) -> Windows:
+        ways, seed = self.recipe.calibration, self.recipe.seed
+        texts, origin = read_text(data, ways.column, ways.split, bundled=bundled)
+        return windows(self.tokenizer, texts, origin, n=n, length=length, seed=seed, at_most=at_most, begin=ways.begin)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -220,13 +220,16 @@ def _training_peak(skeleton: Skeleton, step: TrainPass, n_student: int, n_teache
     n_tokens = step.batch_size // step.accumulate * (step.length or length)
     kept_blocks = 1 + len(skeleton.blocks) / 34 if step.checkpointing else len(skeleton.blocks)
     logits = 6 * min(n_tokens, 256) * skeleton.checkpoint.config.vocab_size
-    trained = n_student * (4 + (step.patience is not None)) + int(34 * n_tokens * width * kept_blocks) + logits
-    return 4 * (max(trained, n_teacher) if step.cache else trained + n_teacher)
+    activations = int(34 * n_tokens * width * kept_blocks) + logits
+    trained = n_student * (4 + (step.patience is not None)) + activations
+    needed = max(trained, n_teacher) if step.cache else trained + n_teacher
+    return 4 * max(needed, activations + 5 * n_teacher if step.correct else 0)
 
 
 def _training_operations(step: TrainPass, n_student: int, n_teacher: int, length: int) -> float:
     n_tokens = step.steps * step.batch_size * (step.length or length)
-    return 2.0 * n_tokens * (n_student * (3 + step.checkpointing) + n_teacher)
+    correction = n_tokens * step.correct / step.steps * (3 + step.checkpointing)
+    return 2.0 * (n_tokens * (n_student * (3 + step.checkpointing) + n_teacher) + correction * n_teacher)
 
 
 def _capacity_gap(step: TrainPass, n_student: int, n_teacher: int) -> list[str]:

@@ -26,6 +26,7 @@ from pydantic import (
 
 from compress import methods
 from compress.amounts import parse_tokens
+from compress.calibration import Begin
 from compress.errors import BadInput, explain
 from compress.passes import Pass
 
@@ -50,6 +51,9 @@ class Calibration(_Settings):
     )
     column: str = Field(default="text", description="the text's column in a .jsonl, .parquet or hub dataset")
     split: str = Field(default="train", description="split of a hub dataset")
+    begin: Begin = Field(
+        default="anywhere", description="where windows begin: anywhere in joined documents, or only where documents do"
+    )
 
 
 class Evaluation(_Settings):
@@ -77,6 +81,7 @@ class Evaluation(_Settings):
     windows: int = Field(default=16, ge=1, description="held-out windows for perplexity and divergence")
     length: int | None = Field(default=None, ge=2, description="tokens per held-out window; default: as for calibration")
     data: str | None = Field(default=None, description="held-out text; default: the bundled held-out text")
+    begin: Begin = Field(default="anywhere", description="where held-out windows begin, as for calibration")
     seed: int = 0
 
     @field_validator("batch_size", mode="before")

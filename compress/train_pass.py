@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -97,8 +97,11 @@ class TrainPass(Pass):
     them is measured at the start, every ``evaluate_every`` steps and at the end. patience: stop after so many measurements that
     were no better than an earlier one, and give back the parameters at the best; None: go on to the end and keep the last.
     teacher: another checkpoint, as a directory or hub id, instead of the model that the run began with; it must have the same
-    tokenizer. cache: compute its predictions once, keep the ``cache`` likeliest tokens of each on disk with the mass of the rest,
-    for this run and all later ones (see ``teacher.py`` for the error); None: keep the teacher in memory.
+    tokenizer. correct: steps of the text's own next-token loss that the teacher is trained for before it teaches, with the same
+    settings ("teacher correction", Muralidharan et al., 2408.11796): where the original has not seen this kind of text, the
+    text knows better than it. As it is at its best on held-out windows it then teaches. cache: compute its predictions once, keep
+    the ``cache`` likeliest tokens of each on disk with the mass of the rest, for this run and all later ones (see ``teacher.py``
+    for the error); None: keep the teacher in memory.
     """
 
     steps: int = Field(200, ge=1, description="optimiser steps")
@@ -124,6 +127,7 @@ class TrainPass(Pass):
     evaluate_every: int = Field(50, ge=1, description="steps between losses on held-out windows")
     patience: int | None = Field(None, ge=1, description="stop after so many of these that are no better, and keep the best")
     teacher: str | None = Field(None, description="another checkpoint as the teacher; none: the model that the run began with")
+    correct: int = Field(0, ge=0, description="steps that first fit the teacher itself to this text; 0: none")
     cache: int | None = Field(None, ge=1, description="keep only so many of its likeliest tokens, on disk; none: keep it loaded")
 
     @model_validator(mode="after")
@@ -134,8 +138,8 @@ class TrainPass(Pass):
             raise ValueError("patience needs windows to judge by: give hold_out")
         if self.patience and self.chooses:
             raise ValueError(f"patience goes back to earlier values, and {self.method()} has chosen for later ones: leave it out")
-        if (self.teacher or self.cache) and not self.needs.teacher:
-            raise ValueError(f"{self.method()} has no teacher: leave out teacher and cache")
+        if (self.teacher or self.correct or self.cache) and not self.needs.teacher:
+            raise ValueError(f"{self.method()} has no teacher: leave out teacher, correct and cache")
         if self.cache and (self.writes or self.needs.states):
             raise ValueError(f"{self.method()} asks its teacher for more than can be kept on disk: leave out cache")
         return self
@@ -156,6 +160,13 @@ class TrainPass(Pass):
         n_trained = self.steps * self.batch_size
         held_out = max(self.batch_size, math.ceil(n_trained * self.hold_out / (1 - self.hold_out))) if self.hold_out else 0
         return n_trained + held_out
+
+    def correction(self) -> dict[str, Any]:
+        """The settings of the teacher's own training, without what is about the student alone."""
+        shared = ("batch_size", "accumulate", "length", "data", "learning_rate", "schedule", "warmup", "decay", "weight_decay")
+        found = {name: getattr(self, name) for name in (*shared, "gradient_clip", "checkpointing")}
+        judged = {"hold_out": self.hold_out or 0.02, "evaluate_every": max(1, self.correct // 10), "patience": self.correct}
+        return found | judged | {"steps": self.correct}
 
     def trains_layer(self, name: str) -> bool:
         """Whether the matrix of that name, of a linear layer or of a part of one, is trained."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compress import methods
 from compress.calibration import Windows
 from compress.checkpoint import Checkpoint
 from compress.errors import BadInput
@@ -47,7 +48,10 @@ def train_stage(
     if source.tables and step.trains == "everything":
         raise BadInput(f"{step.label()}: the embedding is compressed, and training would open it: train before, or trains=blocks")
     if step.cache:
-        _teacher(original, step, training, device, progress)  # before the student takes up memory, and other processes ask
+        if step.correct:
+            together(_corrected, original, step, training, directory, seed, device, progress=progress)
+        # before the student takes up memory, and other processes ask
+        _teacher(original, step, training, directory, seed, device, progress)
     student, before, trained = together(_train, source, original, step, training, directory, seed, device, progress=progress)
     quantized = grids(trained.weights | student.tables())
     student.mixed = layers.library(quantized).is_mixed(quantized, source.cache_scheme)
@@ -83,7 +87,7 @@ def _train(
     """The student, its weights before, and what came out: the part of the stage that processes share."""
     student = Skeleton(source, device)
     before = student.materialise()
-    teacher = _teacher(original, step, training, device, progress) if step.needs.teacher else None
+    teacher = _teacher(original, step, training, directory, seed, device, progress) if step.needs.teacher else None
     if isinstance(teacher, PreTrainedModel):
         picked = step.pick(student.model, teacher, Batch(training.tokens, training.counted), seed)
         training = training if picked is None else training.only(picked)
@@ -94,15 +98,32 @@ def _train(
     return student, before, result
 
 
-def _teacher(original: Checkpoint, step: TrainPass, training: Windows, device: str, progress: Progress) -> Teacher:
+def _teacher(
+    original: Checkpoint, step: TrainPass, training: Windows, directory: Path, seed: int, device: str, progress: Progress
+) -> Teacher:
     """The model that teaches, or what it predicts on the training windows."""
 
     def load() -> PreTrainedModel:
-        skeleton = Skeleton(original, device)
-        skeleton.materialise()
-        return skeleton.model
+        return _corrected(original, step, training, directory, seed, device, progress)
 
-    return cached_teacher(original.digest, training.tokens, step.cache, load, progress) if step.cache else load()
+    identity = f"{original.digest} {step.correction()} {training.digest} {seed}" if step.correct else original.digest
+    return cached_teacher(identity, training.tokens, step.cache, load, progress) if step.cache else load()
+
+
+def _corrected(
+    original: Checkpoint, step: TrainPass, training: Windows, directory: Path, seed: int, device: str, progress: Progress
+) -> PreTrainedModel:
+    """The original, itself trained on the text that it is to teach where that is asked for; again at once what is trained."""
+    skeleton = Skeleton(original, device)
+    weights = skeleton.materialise()
+    if step.correct:
+        correction = methods.build("fine_tune", step.correction())
+        assert isinstance(correction, TrainPass)
+        train(
+            skeleton.model, weights, None, training.tokens, correction,
+            seed=seed, device=device, directory=directory / "teacher", progress=progress, counted=training.counted,
+        )  # fmt: skip
+    return skeleton.model
 
 
 def _round_others(student: Skeleton) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from pyarrow import Table, parquet
 
-from compress.calibration import load_tokenizer, read_text, window_length, windows
+from compress.calibration import load_tokenizer, read_text, surroundings, window_length, windows
 from compress.errors import BadInput
 
 DOCUMENTS = ["ba de fi.\n\nko lu", "  ma\tne\u2028ru su\x0cte ", "fi ko " * 40, "ba"]
@@ -75,6 +76,53 @@ def test_every_window_is_drawn_once_where_all_are_wanted(tokenizer, text_file: P
     assert len(set(map(tuple, everything.tokens.tolist()))) == n_tokens // 50
     with pytest.raises(BadInput, match=f"{n_tokens} tokens are too few .* at most {n_tokens // 50} samples"):
         take(tokenizer, str(text_file), n_tokens // 50 + 1, 50)
+
+
+@pytest.fixture(scope="module")
+def beginning(tokenizer):
+    """The same tokenizer, which begins every text with <s>, as Llama's and Gemma's do."""
+    from tokenizers import processors
+
+    begins = deepcopy(tokenizer)
+    begins.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return begins
+
+
+def test_every_window_and_document_begins_as_a_text_does(tokenizer, beginning, tmp_path: Path):
+    assert surroundings(tokenizer) == ([], []) and surroundings(beginning) == ([0], [])
+    data = write(tmp_path, "jsonl", DOCUMENTS)
+    texts, source = read_text(data)
+    rows = windows(beginning, texts, source, n=99, length=9, seed=0, at_most=True).tokens.tolist()
+    assert all(row[0] == 0 and row[1] != 0 for row in rows)
+    expected = [id for text in DOCUMENTS for id in (0, *tokenizer(text)["input_ids"], 1)]
+    inner = [id for text in DOCUMENTS for id in (*tokenizer(text)["input_ids"], 1)]
+    found = sorted(row[1:] for row in rows)
+    assert sum(row.count(1) for row in rows) >= 2  # documents are separated within windows
+    assert all(row.count(0) <= row.count(1) for row in found)  # and what follows a separator begins anew
+    assert set(map(tuple, ([i for i in row if i] for row in found))) <= {
+        tuple(inner[a:b]) for a in range(len(inner)) for b in range(a, len(inner) + 1)
+    }
+    assert len(rows) >= len(expected) // 9
+
+
+def test_windows_that_begin_with_documents(beginning, tmp_path: Path):
+    data = write(tmp_path, "jsonl", DOCUMENTS)
+    texts, source = read_text(data)
+    ids = [beginning(text)["input_ids"] + [1] for text in DOCUMENTS]
+    joined = [*ids[0], *ids[1]]  # shorter than a window alone
+    length = len(ids[0]) + 3
+    rows = windows(beginning, texts, source, n=99, length=length, seed=0, at_most=True, begin="documents").tokens.tolist()
+    assert sorted(rows) == sorted([joined[:length], ids[2][:length]])
+    with pytest.raises(BadInput, match=r"only 2 windows of .* begin with a document, 3 are wanted; .*--begin anywhere"):
+        windows(beginning, texts, source, n=3, length=length, seed=0, begin="documents")
+
+
+def test_records_begin_as_texts_do(beginning, tmp_path: Path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps({"prompt": "ba de", "completion": " fi"}))
+    chosen = windows(beginning, *read_text(str(file)), n=1, length=16, seed=0)
+    assert chosen.counted is not None
+    assert chosen.tokens[0, 0] == 0 and not chosen.counted[0, 0] and chosen.counted.any()
 
 
 def test_seed(tokenizer, text_file: Path):

@@ -17,7 +17,7 @@ from compress.recipe import Calibration
 from compress.workspace import Workspace
 
 CHAIN = ["wanda", "svd_llm:ratio=0.7", "logit_kd:steps=54,batch_size=2,length=16,learning_rate=0.001", "gptq"]
-SHORT = ["svd_llm:ratio=0.7", "logit_kd:steps=2,batch_size=2,length=16"]
+SHORT = ["svd_llm:ratio=0.7", "logit_kd:steps=2,correct=2,batch_size=2,length=16"]
 COMPARED = ("model.safetensors", "config.json", "compress_manifest.json", "probe.safetensors", "modeling_compress.py")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from compress.checkpoint import Checkpoint
 from compress.distill.logit_kd import LogitKD
 from compress.distill.losses import forward_kl
 from compress.errors import BadInput
@@ -22,6 +23,7 @@ from compress.signals import signal_of
 from compress.teacher import CachedTeacher, cached_teacher, keep_predictions
 from compress.train import train
 from compress.train_pass import Batch
+from compress.training_stage import _corrected
 from compress.weights import Dense
 
 VOCABULARY = 96
@@ -185,8 +187,9 @@ def test_what_cannot_teach_is_refused(llama, make_checkpoint, run_stages, tmp_pa
         run_stages(llama, [LogitKD(**settings, teacher=str(narrow))])
     with pytest.raises(BadInput, match="no-such-model"):
         run_stages(llama, [LogitKD(**settings, teacher=str(tmp_path / "no-such-model"))])
-    with pytest.raises(BadInput, match="has no teacher"):
-        build("fine_tune", {"cache": 4})
+    for settings in ({"cache": 4}, {"correct": 4}):
+        with pytest.raises(BadInput, match="has no teacher"):
+            build("fine_tune", settings)
 
 
 class Writes(LogitKD):
@@ -226,3 +229,42 @@ def test_plan_knows_what_training_needs(cli, make_checkpoint):
     assert planned(",checkpointing=true")[0] < 0.7 * plain[0]
     assert planned(",accumulate=8")[0] < 0.5 * plain[0]
     assert planned(",cache=8")[0] < plain[0] < planned(",patience=2")[0]
+
+
+def test_a_corrected_teacher_is_one_that_was_fine_tuned_before(llama, run_stages, tmp_path, monkeypatch):
+    """On the windows, and with the settings, of the pass that it teaches."""
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    settings = {"steps": 6, "batch_size": 2, "length": 16, "learning_rate": 3e-3, "evaluate_every": 3, "hold_out": 0.2}
+    corrected = LogitKD(**settings, correct=20)
+    fine_tuned = build("fine_tune", corrected.correction())
+    assert fine_tuned.n_windows > corrected.n_windows and fine_tuned.learning_rate == 3e-3 and fine_tuned.hold_out == 0.2
+    artifact = run_stages(llama, ["wanda", corrected])
+    cached = run_stages(llama, ["wanda", corrected.model_copy(update={"cache": 264})])
+    plain = run_stages(llama, ["wanda", LogitKD(**settings)])
+    losses = [dict(Manifest.read(each).steps[-1].training["held_out"]) for each in (artifact, cached, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][0] != pytest.approx(losses[2][0], rel=0.02)  # another teacher: another distance to begin with
+    assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 1
+    run_stages(llama, ["wanda", corrected.model_copy(update={"cache": 264, "correct": 10})])
+    assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 2
+
+
+def test_a_teacher_that_is_corrected_learns_the_text(model, windows, tmp_path):
+    """What the stage gives its student as a teacher is the model as its own training left it."""
+    from compress.calibration import Windows
+
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    tokens = windows[:, :1] + torch.arange(16) % 3  # something that can be learnt
+    data = Windows(tokens % VOCABULARY, "digest", "made here")
+    step = LogitKD(steps=2, batch_size=4, learning_rate=1e-2, correct=30, hold_out=0.25)
+
+    def loss(teacher: PreTrainedModel) -> float:
+        return teacher(input_ids=data.tokens, labels=data.tokens).loss.item()
+
+    arguments = (tmp_path / "work", 0, "cpu", silent)
+    original = _corrected(Checkpoint.open(source), step.model_copy(update={"correct": 0}), data, *arguments)
+    teacher = _corrected(Checkpoint.open(source), step, data, *arguments)
+    assert loss(original) == pytest.approx(loss(model), rel=1e-5) and loss(teacher) < 0.7 * loss(original)
+    again = _corrected(Checkpoint.open(source), step, data, *arguments)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in teacher.state_dict().items())

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress.calibration import surroundings
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "▁"
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
@@ -150,10 +152,7 @@ def _ends(found: Vocabulary, tokenizer: Any) -> None:
         token = getattr(tokenizer, f"{role}_token_id", None)
         if token is not None and token < len(found.tokens):
             found.special[role] = token
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
-    before, after = whole[:at], whole[at + len(inner) :]
+    before, after = surroundings(tokenizer)
     found.flags |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
     if before:
         found.special["bos"] = before[-1]
