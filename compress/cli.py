@@ -315,7 +315,7 @@ def verify_command(
 @app.command("export")
 def export_command(
     artifact: Annotated[Path, typer.Argument(help="an artifact")],
-    to: Annotated[str, typer.Option("--to", help="awq, bitnet, decilm, dense, gptq, gguf, or gguf:TYPE such as gguf:q4_0")],
+    to: Annotated[str, typer.Option("--to", help="awq, bitnet, decilm, dense, gptq, peft, gguf, or gguf:TYPE such as gguf:q4_0")],
     out: Annotated[Path, typer.Option("-o", "--out", help="output directory; for gguf a file")],
     overwrite: Overwrite = False,
 ) -> None:

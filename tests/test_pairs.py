@@ -23,7 +23,7 @@ from compress.train_pass import TrainPass
 from compress.weights import Affine, Coded, Composed, LowRank, Masked, Quantized, Sum, TensorTrain, Weight, leaves, opened
 from compress.weights.composed import unmasked
 
-METHODS = methods.available()
+METHODS = {key: method for key, method in methods.available().items() if key != "adapter"}  # which is of one model
 ONE_OF_EACH = (
     "gptq", "nf4", "hqq", "spqr", "autoround", "quarot", "wanda", "pack", "minitron", "shortgpt", "foldgpt", "svd_llm",
     "logit_kd",

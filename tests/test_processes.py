@@ -19,7 +19,7 @@ from compress.progress import RESUMED, Bar
 
 
 def command(launcher: list[str], llama: Path, text_file: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    distilled = "logit_kd:steps=6,batch_size=4,length=16,evaluate_every=3,trains=everything"
+    distilled = "logit_kd:steps=6,correct=2,batch_size=4,length=16,evaluate_every=3,trains=everything"
     settings = ["--calibration", str(text_file), "--samples", "10", "--length", "24", *more]
     root = str(Path(__file__).parent.parent)
     return subprocess.run(

@@ -137,12 +137,13 @@ def test_fingerprint_depends_on_every_setting(key: str):
     default = Recipe.parse({"passes": [key]})
     content = default.passes[0].model_dump(mode="json")
     assert set(content) == set(methods.get(key).model_fields)
-    changes = {bool: lambda v: not v, int: lambda v: v - 1 or 2, float: lambda v: v * 0.5 or 0.5, type(None): lambda v: 5}
-    changes[list] = lambda v: [*v, "another"]
+    changes = {bool: lambda v: not v, int: lambda v: v - 1 or 2, float: lambda v: v * 0.5 or 0.5, list: lambda v: [*v, "another"]}
     changed = 0
     for name, value in content.items():
         change = changes.get(type(value))
         choices = [choice for choice in get_args(methods.get(key).model_fields[name].annotation) if choice != value]
+        if value is None:
+            choices = ["text" if str in choices else 5]
         changed_value = change(value) if change else choices[0] if choices else value
         try:
             other = Recipe.parse({"passes": [{key: {name: changed_value}}]})
