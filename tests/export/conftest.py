@@ -1,8 +1,11 @@
-"""What tests of the formats that gptqmodel reads share: that reader itself, in a fresh process, where it is installed."""
+"""What tests of several formats share: their real readers, where these are installed."""
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -91,3 +95,56 @@ def assert_reads_as(reload, tokens: Tensor) -> Callable[..., None]:
         torch.testing.assert_close(reading.logits, logits, rtol=0, atol=tolerance)
 
     return check
+
+
+# GGUF
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """``write(source, variant=None)`` -> GGUF file."""
+
+    from compress.export.gguf import export
+
+    def run(source: Path, variant: str | None = None) -> Path:
+        return export(source, tmp_path / "model.gguf", variant=variant, overwrite=True)
+
+    return run
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[[Path, dict], Path]:
+    """``edited(source, edits)`` -> a copy whose config.json says something else."""
+
+    def edit(source: Path, edits: dict) -> Path:
+        copy = tmp_path / "model"
+        shutil.copytree(source, copy)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | edits))
+        return copy
+
+    return edit
+
+
+@pytest.fixture(scope="session")
+def llama_cpp():
+    module = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'compress-lm[gguf-run]'")
+    quiet = module.llama_log_callback(lambda level, text, data: None)
+    module.llama_log_set(quiet, ctypes.c_void_p(0))
+    module._quiet = quiet  # the library calls it as long as it lives
+    return module
+
+
+@pytest.fixture(scope="session")
+def llama_logits(llama_cpp) -> Callable[[Path, Tensor], Tensor]:
+    """``llama_logits(file, tokens (length,))`` -> (length, V), with keys and values kept in float32."""
+
+    def run(file: Path, tokens: Tensor) -> Tensor:
+        single = llama_cpp.GGML_TYPE_F32
+        model = llama_cpp.Llama(
+            str(file), n_ctx=256, n_batch=256, n_threads=1, logits_all=True, verbose=False, type_k=single, type_v=single
+        )
+        model.eval(tokens.tolist())
+        return torch.from_numpy(np.array(model.scores[: len(tokens)]))
+
+    return run

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +15,7 @@ from compress.errors import BadInput
 from compress.export.gguf import VARIANTS, export, pack_grid, rounds_to_itself
 from compress.skeleton import Skeleton
 from compress.weights import Dense, Masked, Quantized
+from tests.gguf_reading import Read
 
 gguf = pytest.importorskip("gguf", reason="needs the gguf package: pip install 'compress-lm[gguf]'")
 
@@ -31,40 +28,6 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Path]:
-    """``write(source, variant=None)`` -> GGUF file."""
-
-    def run(source: Path, variant: str | None = None) -> Path:
-        return export(source, tmp_path / "model.gguf", variant=variant, overwrite=True)
-
-    return run
-
-
-@pytest.fixture
-def edited(tmp_path: Path) -> Callable[[Path, dict], Path]:
-    """``edited(source, edits)`` -> a copy whose config.json says something else."""
-
-    def edit(source: Path, edits: dict) -> Path:
-        copy = tmp_path / "model"
-        shutil.copytree(source, copy)
-        config = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps(config | edits))
-        return copy
-
-    return edit
-
-
-class Read:
-    """A GGUF file: metadata by key; tensors, dequantized, and their types by name."""
-
-    def __init__(self, file: Path):
-        reader = gguf.GGUFReader(file)
-        self.metadata = {key: field.contents() for key, field in reader.fields.items()}
-        self.types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-        self.tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
 
 
 # what is in the file
@@ -324,30 +287,6 @@ def test_weights_beyond_half_precision(make_checkpoint, tmp_path: Path):
 # llama.cpp itself
 
 
-@pytest.fixture(scope="session")
-def llama_cpp():
-    module = pytest.importorskip("llama_cpp", reason="needs llama.cpp: pip install 'compress-lm[gguf-run]'")
-    quiet = module.llama_log_callback(lambda level, text, data: None)
-    module.llama_log_set(quiet, ctypes.c_void_p(0))
-    module._quiet = quiet  # the library calls it as long as it lives
-    return module
-
-
-@pytest.fixture(scope="session")
-def llama_logits(llama_cpp) -> Callable[[Path, Tensor], Tensor]:
-    """``llama_logits(file, tokens (length,))`` -> (length, V), with keys and values kept in float32."""
-
-    def run(file: Path, tokens: Tensor) -> Tensor:
-        single = llama_cpp.GGML_TYPE_F32
-        model = llama_cpp.Llama(
-            str(file), n_ctx=256, n_batch=256, n_threads=1, logits_all=True, verbose=False, type_k=single, type_v=single
-        )
-        model.eval(tokens.tolist())
-        return torch.from_numpy(np.array(model.scores[: len(tokens)]))
-
-    return run
-
-
 def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
@@ -408,123 +347,3 @@ def test_logits_of_the_demo_model(reload, write, llama_logits, variant: str, low
     with torch.no_grad():
         expected = reload(MODEL)(input_ids=tokens[None]).logits[0]
     assert low < difference(llama_logits(write(MODEL, variant), tokens), expected) < high
-
-
-# tokenizers
-
-SAMPLE = (
-    "Once upon a time, THEY'LL say I'm 1234567 years old; it's 3.14 now!  Two  spaces\n\n\nand lines,\ttabs\r\n"
-    "naïve café — Привет мир, 日本語 🚀 x_1 = foo(bar[0]) != {'a': ...}  "
-)
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-def train(kind: str):
-    """A tokenizer of that kind, of Python's own text."""
-    import argparse
-
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>"]
-    settings = {"vocab_size": 560, "special_tokens": special, "show_progress": False}
-    if kind == "unigram":
-        tokenizer = Tokenizer(models.Unigram())
-        trainer = trainers.UnigramTrainer(unk_token="<unk>", **settings)
-    elif kind == "words":
-        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-        trainer = trainers.WordLevelTrainer(**settings)
-    else:
-        spaces = kind == "sentencepiece"
-        tokenizer = Tokenizer(
-            models.BPE(unk_token="<unk>", byte_fallback=True) if spaces else models.BPE(ignore_merges=kind == "llama3")
-        )
-        settings["special_tokens"] = special + [f"<0x{value:02X}>" for value in range(256)] if spaces else special
-        alphabet = [] if spaces else pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
-    if kind in ("unigram", "sentencepiece"):
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    elif kind == "words":
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    else:
-        tokenizer.decoder = decoders.ByteLevel()
-        splits = {
-            "gpt2": [], "digits": [pre_tokenizers.Digits(individual_digits=True)],
-            "qwen2": [pre_tokenizers.Split(Regex(WORDS % ""), "isolated")],
-            "llama3": [pre_tokenizers.Split(Regex(WORDS % "{1,3}"), "isolated")],
-            "phi4": [pre_tokenizers.Split(Regex(WORDS % "{1,3}"), "isolated")],
-            "unknown": [pre_tokenizers.Split(Regex(r"\w+|\W+"), "isolated")],
-        }[kind]  # fmt: skip
-        plain = kind in ("gpt2", "digits")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=plain)]
-        )
-        tokenizer.normalizer = normalizers.NFC() if kind == "qwen2" else None
-    tokenizer.train_from_iterator([Path(argparse.__file__).read_text(), SAMPLE] * 2, trainer)
-    tokenizer.add_tokens([AddedToken("<|user|>", special=True), AddedToken("[tool]", special=False)])
-    if kind in ("llama3", "sentencepiece"):
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-@pytest.fixture
-def with_tokenizer(make_checkpoint, tmp_path: Path) -> Callable[[str], Path]:
-    """``with_tokenizer(kind)`` -> a checkpoint that has one of that kind."""
-
-    def make(kind: str) -> Path:
-        source = tmp_path / "model"
-        shutil.copytree(make_checkpoint("llama", vocab_size=600), source)
-        for file in source.glob("*token*"):
-            file.unlink()
-        train(kind).save_pretrained(source)
-        return source
-
-    return make
-
-
-@pytest.mark.parametrize(
-    ("kind", "model", "pre"),
-    [
-        ("gpt2", "gpt2", "gpt-2"), ("digits", "gpt2", "smollm"), ("qwen2", "gpt2", "qwen2"), ("llama3", "gpt2", "llama-bpe"),
-        ("phi4", "gpt2", "dbrx"), ("sentencepiece", "llama", "default"), ("unigram", "t5", "default"),
-    ],
-)  # fmt: skip
-def test_llama_cpp_splits_text_alike(with_tokenizer, write, llama_cpp, kind: str, model: str, pre: str):
-    from transformers import AutoTokenizer
-
-    source = with_tokenizer(kind)
-    file = write(source)
-    read, tokenizer = Read(file), AutoTokenizer.from_pretrained(source)
-    assert (read.metadata["tokenizer.ggml.model"], read.metadata["tokenizer.ggml.pre"]) == (model, pre)
-    assert len(read.metadata["tokenizer.ggml.tokens"]) == 600
-    other = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
-    texts = [SAMPLE, "a", SAMPLE * 3]
-    if model == "gpt2":  # the others put a space before a text, or a part of it, that begins with one or follows a special token
-        texts += [" leading", "one [tool] two"]
-    for text in texts:
-        assert other.tokenize(text.encode(), special=False) == tokenizer(text)["input_ids"], text
-    marked = "<|user|>hello</s>" if model == "gpt2" else "hello</s>"
-    assert other.tokenize(marked.encode(), special=True) == tokenizer(marked)["input_ids"]
-    assert other.token_bos() == 1 and other.token_eos() == 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "model", "message"),
-    [
-        ("unknown", "gpt2", "no pre-tokenizer that splits"),
-        ("words", "none", "no WordLevel tokenizer"),
-        (None, "none", "no fast tokenizer"),
-    ],
-)
-def test_tokenizers_that_llama_cpp_lacks(with_tokenizer, write, llama_logits, caplog, kind: str | None, model: str, message: str):
-    """The model is written nevertheless, and runs on token ids."""
-    source = with_tokenizer(kind or "gpt2")
-    if kind is None:
-        for file in source.glob("*token*"):
-            file.unlink()
-    with caplog.at_level(logging.WARNING):
-        file = write(source)
-    assert Read(file).metadata["tokenizer.ggml.model"] == model
-    assert message in caplog.text
-    assert llama_logits(file, torch.arange(9)).shape == (9, 600)
