@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from compress.distill.objective import Objective
 from compress.passes import Taxon
-from compress.prune.masks import count_kept, kept_of, lowest, with_implied_sparsity
+from compress.prune.masks import Pattern, count_kept, kept_of, lowest, with_implied_sparsity
 from compress.prune.thinned import Thinned
 from compress.weights import Dense, Masked, Weight
 from compress.weights.composed import unmasked
@@ -30,16 +30,10 @@ class Gradual(Objective):
     paper: ClassVar[str] = "1710.01878"
 
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of the weights removed in the end; implied by a pattern N:M")
-    pattern: str = Field("tensor", description="what competes: row, tensor, or N:M (N kept of M consecutive inputs)")
+    pattern: Pattern = Field("tensor", description="what competes: row, tensor, or N:M (N kept of M consecutive inputs)")
     start: float = Field(0.0, ge=0, le=1, description="share of the steps after which pruning begins")
     end: float = Field(0.5, ge=0, le=1, description="share of the steps after which it is done")
     every: int = Field(5, ge=1, description="steps from one choice of masks to the next")
-
-    @field_validator("pattern")
-    @classmethod
-    def _known_pattern(cls, value: str) -> str:
-        kept_of(value)
-        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.passes import Taxon
-from compress.prune.masks import Pruner
+from compress.prune.masks import Pattern, Pruner
 from compress.stats import LinearStats
 
 
@@ -18,7 +18,7 @@ class Magnitude(Pruner):
     taxon: ClassVar[Taxon] = Taxon.UNSTRUCTURED
     paper: ClassVar[str] = "1506.02626"
 
-    pattern: str = Field("tensor", description="what competes: row, tensor, or N:M (N kept of M consecutive inputs)")
+    pattern: Pattern = Field("tensor", description="what competes: row, tensor, or N:M (N kept of M consecutive inputs)")
 
     def scores(self, weight: Tensor, stats: LinearStats) -> Tensor:
         return weight.abs()

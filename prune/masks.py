@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from compress.apply import apply
@@ -32,6 +32,15 @@ def kept_of(pattern: str) -> tuple[int, int] | None:
     if match is None or int(match[1]) > int(match[2]):
         raise ValueError(f"pattern {pattern!r} is none of 'row', 'tensor' and 'N:M' (N kept of M consecutive inputs)")
     return int(match[1]), int(match[2])
+
+
+def _known(pattern: str) -> str:
+    kept_of(pattern)
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_known)]
+"""What :func:`kept_of` knows."""
 
 
 def groups_of(kept: Tensor) -> int | None:
@@ -168,18 +177,12 @@ class Pruner(LinearPass):
     """
 
     sparsity: float = Field(0.5, ge=0, lt=1, description="share of the weights removed; implied by a pattern N:M")
-    pattern: str = Field("row", description="what competes: row, tensor, or N:M (N kept of M consecutive inputs)")
+    pattern: Pattern = Field("row", description="what competes: row, tensor, or N:M (N kept of M consecutive inputs)")
     ratios: Literal["uniform", "owl", "global"] = Field(
         "uniform", description="each layer's sparsity: all alike, by its block's outliers, or by one threshold for all"
     )
     owl_spread: float = Field(0.08, ge=0, lt=0.5, description="owl: half of what the sparsest and the densest block differ by")
     owl_threshold: float = Field(5.0, gt=0, description="owl: an outlier's score, in mean scores of its block")
-
-    @field_validator("pattern")
-    @classmethod
-    def _known_pattern(cls, value: str) -> str:
-        kept_of(value)
-        return value
 
     @model_validator(mode="before")
     @classmethod

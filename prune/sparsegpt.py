@@ -12,9 +12,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress.passes import Needs, Taxon
-from compress.prune.masks import Pruner, check_divides, kept_of, lowest
+from compress.prune.masks import Pattern, Pruner, check_divides, kept_of, lowest
 from compress.quant.gptq import GPTQ, Sweep
-from compress.quant.grids import effective_group_size, fit_grid
+from compress.quant.grids import GroupSize, effective_group_size, fit_grid
 from compress.quant.hessian import Plan, make_plan
 from compress.quant.sweep import InputSweep
 from compress.stats import LinearStats
@@ -36,12 +36,12 @@ class SparseGPT(Pruner):
     paper: ClassVar[str] = "2301.00774"
     needs: ClassVar[Needs] = Needs(frozenset({"hessian"}))
 
-    pattern: str = Field(
+    pattern: Pattern = Field(
         "tensor", description="what competes in 128 inputs: tensor (all weights), row, or N:M (N kept of M consecutive inputs)"
     )
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
     bits: int | None = Field(None, ge=2, le=8, description="round what is kept to so many bits per weight; none: do not")
-    group_size: int | None = Field(128, ge=1, description="consecutive inputs that share a scale; -1: the whole row")
+    group_size: GroupSize = Field(128, description="consecutive inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(True, description="grids centred on zero, without zero-points")
 
     @field_validator("group_size", mode="before")

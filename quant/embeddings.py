@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from compress.errors import BadInput
 from compress.passes import ModelPass, Taxon
-from compress.quant.grids import effective_group_size, fit_grid, quantize
+from compress.quant.grids import GroupSize, effective_group_size, fit_grid, quantize
 from compress.skeleton import Skeleton
 from compress.surgery import Surgery
 from compress.weights import Quantized, Table, Weight
@@ -35,14 +35,9 @@ class Embeddings(ModelPass):
     paper: ClassVar[str] = "2402.14905"
 
     bits: int = Field(8, ge=2, le=8, description="bits per weight")
-    group_size: int | None = Field(None, ge=1, description="entries of a row that share a scale; none or -1: the whole row")
+    group_size: GroupSize = Field(None, description="entries of a row that share a scale; none or -1: the whole row")
     mse: bool = Field(False, description="search the range that rounds best instead of taking the extremes")
     head: bool = Field(True, description="round an output head of its own too; one that shares the embedding always is")
-
-    @field_validator("group_size", mode="before")
-    @classmethod
-    def _whole_row(cls, value: object) -> object:
-        return None if value in (-1, "-1") else value
 
     def surgery(self, model: Skeleton, found: Any = None) -> Surgery:
         name = f"{model.arch.embeddings[0]}.weight"

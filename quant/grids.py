@@ -8,10 +8,10 @@ convention of compressed-tensors, and a weight is ``(code - zero_point) * scale`
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from compress.activations import Inputs
@@ -150,22 +150,25 @@ def dequantize(codes: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) ->
     return Quantized(codes, grid.scale.to(dtype), grid.zero_point, grid.bits).dense(dtype)
 
 
+def _whole_row(value: object) -> object:
+    return None if value in (-1, "-1") else value
+
+
+GroupSize = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_whole_row)]
+"""Consecutive inputs that share a scale; None, also written -1: all of a row."""
+
+
 class GridSettings(Pass):
     """The integer grids of a pass, and their settings."""
 
     bits: int = Field(4, ge=2, le=8, description="bits per weight")
-    group_size: int | None = Field(128, ge=1, description="consecutive inputs that share a scale; -1: the whole row")
+    group_size: GroupSize = Field(128, description="consecutive inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(True, description="grids centred on zero, without zero-points")
     full_range: bool = Field(False, description="symmetric grids whose lowest code is the extreme weight, as AutoRound's")
     mse: bool = Field(False, description="search the range that rounds best instead of taking the extremes")
     activations: Inputs | None = Field(
         None, description="round the layers' inputs too, token by token: int8, int4 or fp8; none: leave them"
     )
-
-    @field_validator("group_size", mode="before")
-    @classmethod
-    def _whole_row(cls, value: object) -> object:
-        return None if value in (-1, "-1") else value
 
     @model_validator(mode="after")
     def _full_range_is_of_symmetric_grids(self) -> GridSettings:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.passes import Taxon
-from compress.quant.grids import Grid, Quantizer, code_range, effective_group_size
+from compress.quant.grids import Grid, GroupSize, Quantizer, code_range, effective_group_size
 from compress.stats import LinearStats
 from compress.weights import Affine, Masked, Weight
 
@@ -33,7 +33,7 @@ class HQQ(Quantizer):
     taxon: ClassVar[Taxon] = Taxon.WEIGHT_ONLY
     paper: ClassVar[str] = "Badri and Shaji, 2023"
 
-    group_size: int | None = Field(64, ge=1, description="consecutive inputs that share a scale; -1: the whole row")
+    group_size: GroupSize = Field(64, description="consecutive inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(False, description="must be false: a symmetric grid has no zero-points to shift")
     integer_zero: bool = Field(False, description="whole zero-points: hardly better than rtn, but opens without our loader")
     power: float = Field(0.7, gt=0, le=1, description="p of the error |w - rounded w|**p")

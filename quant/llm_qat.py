@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.passes import Needs, Taxon
 from compress.quant.aware import QuantizationAware
-from compress.quant.grids import GridSettings
+from compress.quant.grids import GridSettings, GroupSize
 from compress.rollouts import Rollouts
 from compress.train_pass import Batch
 from compress.weights import Quantized
@@ -36,7 +36,7 @@ class LLMQAT(GridSettings, QuantizationAware):
     taxon: ClassVar[Taxon] = Taxon.QAT
     paper: ClassVar[str] = "2305.17888"
 
-    group_size: int | None = Field(None, ge=1, description="consecutive inputs that share a scale; -1: the whole row")
+    group_size: GroupSize = Field(None, description="consecutive inputs that share a scale; -1: the whole row")
     data_free: bool = Field(True, description="train on what the uncompressed model writes; false: on the text")
 
     @field_validator("mse")

@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.passes import Needs, Taxon
-from compress.quant.grids import effective_group_size
+from compress.quant.grids import GroupSize, effective_group_size
 from compress.quant.hessian import make_plan
 from compress.quant.nesting import Sweep, Widths, fit, refit
 from compress.stacking import StackPass
@@ -38,17 +38,12 @@ class Nested(StackPass):
 
     bits: int = Field(4, ge=2, le=8, description="of the widest codes")
     least: int = Field(2, ge=2, le=8, description="of the narrowest codes")
-    group_size: int | None = Field(128, ge=1, description="consecutive inputs that share scales; -1: the whole row")
+    group_size: GroupSize = Field(128, description="consecutive inputs that share scales; -1: the whole row")
     balance: float = Field(
         0.5, ge=0, le=4, description="by which power of two a bit more makes an error count: higher for wide codes"
     )
     cycles: int = Field(3, ge=0, description="of coordinate descent on the codes and scales, after the sweep")
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
-
-    @field_validator("group_size", mode="before")
-    @classmethod
-    def _whole_row(cls, value: object) -> object:
-        return None if value in (-1, "-1") else value
 
     @model_validator(mode="after")
     def _widths_rise(self) -> Nested:

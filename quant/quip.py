@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.passes import Taxon
 from compress.quant.gptq import GPTQ
+from compress.quant.grids import GroupSize
 from compress.quant.hadamard import random_signs
 from compress.stats import LinearStats
 from compress.weights import Incoherent, Weight
@@ -32,7 +33,7 @@ class QuIP(GPTQ):
     taxon: ClassVar[Taxon] = Taxon.WEIGHT_ONLY
     paper: ClassVar[str] = "2307.13304"
 
-    group_size: int | None = Field(None, ge=1, description="consecutive inputs that share a scale; -1: the whole row")
+    group_size: GroupSize = Field(None, description="consecutive inputs that share a scale; -1: the whole row")
     mse: bool = Field(True, description="search the range that rounds best instead of taking the extremes")
     seed: int = Field(0, ge=0, description="of the random signs")
 
