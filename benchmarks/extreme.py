@@ -11,24 +11,20 @@ out.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from judged import Judge, Table, arguments, called
 from quantizers import Clock, true_bits
-from recovery import Judge
 
 from compress import methods
-from compress.demo import MODEL
 from compress.errors import CompressError
 from compress.pipeline import Pipeline
 from compress.recipe import Calibration
 
-RESULTS = Path(__file__).parent / "results" / "extreme.json"
 BASELINE = "gptq:bits=2,group_size=64"
 MOST_BITS, LEAST_RATIO = 2.3, 3.0
 
@@ -101,47 +97,29 @@ def markdown(tables: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     """Measure what is missing, write the tables; 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--data", help="text to calibrate and train on; default: the bundled")
-    parser.add_argument("--held-out", help="text to judge by; default: the bundled")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--length", type=int, default=128, help="tokens of calibration and training windows")
-    parser.add_argument("--steps", type=int, default=400, help="of training, each of 8 windows")
+    parser = arguments(__doc__, steps=400)
     parser.add_argument("--form", default="", help="settings of codebooks, such as length=2,entries=16 for small matrices")
-    parser.add_argument("--windows", type=int, default=32, help="held-out windows")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", help="parts of chains, separated by semicolons")
     parser.add_argument("--more", default="", help="more chains, separated by semicolons")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     judge = Judge(options.model, options.held_out, options.windows)
     protocol = (
-        f"{'Bundled checkpoint' if options.model == MODEL else options.model.name}: {options.samples} calibration windows of "
-        f"{options.length} tokens; training steps of 8 windows of as many tokens, of other text than what it is judged by, "
-        f"{len(judge.tokens)} windows of {judge.tokens.shape[1]}; float32; seconds of a core."
+        f"{called(options.model)}: {options.samples} calibration windows of {options.length} tokens; training steps of 8 windows "
+        f"of as many tokens, of other text than what it is judged by, {judge.described}; float32; seconds of a core."
     )
-    tables = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    table = tables.setdefault(protocol, {"dense": judge(options.model), "rows": []})
+    table = Table("extreme", protocol, judge, options.model, markdown)
     calibration = Calibration(samples=options.samples, length=options.length, data=options.data)
     selected = chains(f":{options.form}" if options.form else "", options.steps, options.length)
     if options.only:
         selected = [chain for chain in selected if any(part in chain for part in options.only.split(";"))]
     for chain in [*selected, *filter(None, options.more.split(";"))]:
-        if any(row["chain"] == chain for row in table["rows"]):
+        if table.has(chain=chain):
             continue
         try:
-            table["rows"].append(row := measure(options.model, chain, judge, calibration))
+            table.add(measure(options.model, chain, judge, calibration), lambda row: 0)
         except CompressError as error:
             print(f"{chain}: {error}", file=sys.stderr, flush=True)
-            continue
-        print(row, file=sys.stderr, flush=True)
-        RESULTS.write_text(json.dumps(tables, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(markdown(tables))
-    print(markdown({protocol: table}))
-    for line in (lines := missed(table["rows"], table["dense"])):
-        print(f"MISSED {line}", file=sys.stderr)
-    return 1 if lines else 0
+    return table.close(missed(table.rows, table.dense))
 
 
 if __name__ == "__main__":

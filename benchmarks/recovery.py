@@ -16,7 +16,6 @@ text is a better teacher than the model. ``--begin documents`` trains and judges
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -25,39 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from judged import Judge, Table, arguments, called
 
-from compress.calibration import Begin, load_tokenizer, read_text, window_length, windows
-from compress.checkpoint import Checkpoint
-from compress.demo import MODEL
-from compress.eval.fidelity import perplexity
-from compress.judge import load_model
 from compress.pipeline import Pipeline
 from compress.recipe import Calibration
 
-RESULTS = Path(__file__).parent / "results" / "recovery.json"
 COMPRESSIONS = [
     "wanda:sparsity=0.5", "minitron:units=neurons+heads", "svd_llm:ratio=0.6", "gptq:bits=2,group_size=64",
 ]  # fmt: skip
 TRAINED = ("logit_kd", "fine_tune")
 BARS = {"reconstruct": 1 / 3, "logit_kd": 1 / 2}
 """The least share of the lost bits per byte that is to come back, by the recovery's last method."""
-
-
-class Judge:
-    """Bits per byte of a directory's model on held-out windows."""
-
-    def __init__(self, model: Path, held_out: str | None, n_windows: int, length: int | None, begin: Begin):
-        checkpoint = Checkpoint.open(model)
-        length = window_length(length, checkpoint.config)
-        tokenizer = load_tokenizer(model, checkpoint.config.vocab_size)
-        texts, source = read_text(held_out, bundled="held_out")
-        self.tokens = windows(tokenizer, texts, source, n=n_windows, length=length, seed=0, at_most=True, begin=begin).tokens
-        self.n_bytes = sum(len(tokenizer.decode(row[1:]).encode()) for row in self.tokens)  # the first token is not predicted
-
-    def __call__(self, path: Path) -> float:
-        found = perplexity(load_model(path, torch.float32, "cpu"), self.tokens, n_bytes=self.n_bytes).bits_per_byte
-        assert found is not None
-        return found
 
 
 def measure(model: Path, compression: str, recovery: str, judge: Judge, calibration: Calibration) -> dict[str, Any]:
@@ -126,23 +103,14 @@ def markdown(tables: dict[str, dict[str, Any]]) -> str:
 
 def main() -> int:
     """Measure what is missing, write the tables; 1 where a bar is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--data", help="text to calibrate and train on; default: the bundled")
-    parser.add_argument("--held-out", help="text to judge by; default: the bundled")
+    parser = arguments(__doc__, steps=80)
     parser.add_argument(
         "--begin",
         default="anywhere",
         choices=["anywhere", "documents"],
         help="where windows begin; documents: --data is a .jsonl",
     )
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--length", type=int, default=128, help="tokens of calibration and training windows")
-    parser.add_argument("--steps", type=int, default=80, help="of training, each of 8 windows")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of training")
-    parser.add_argument("--windows", type=int, default=32, help="held-out windows")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", help="comma-separated parts of chains")
     parser.add_argument("--more", default="", help="more recoveries, of one or several passes, separated by semicolons")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -157,32 +125,23 @@ def compare(options: argparse.Namespace) -> int:
     judged = options.length if options.begin == "documents" else None
     judge = Judge(options.model, options.held_out, options.windows, judged, options.begin)
     protocol = (
-        f"{'Bundled checkpoint' if options.model == MODEL else options.model.name}: {options.samples} calibration windows of "
-        f"{options.length} tokens; training windows, of which a step takes 8, are of other text than what it is judged by, "
-        f"{len(judge.tokens)} windows of {judge.tokens.shape[1]}; "
-        f"{'all are beginnings of documents; ' * (options.begin == 'documents')}float32; seconds of a core, with compression."
+        f"{called(options.model)}: {options.samples} calibration windows of {options.length} tokens; training windows, of which "
+        f"a step takes 8, are of other text than what it is judged by, {judge.described}; float32; seconds of a core, with "
+        "compression."
     )
-    tables = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    table = tables.setdefault(protocol, {"dense": judge(options.model), "rows": []})
+    table = Table("recovery", protocol, judge, options.model, markdown)
     settings = f"steps={options.steps},length={options.length},learning_rate={options.rate:g}"
     recoveries = ["reconstruct", *(f"{method}:{settings}" for method in TRAINED), *filter(None, options.more.split(";"))]
     calibration = Calibration(samples=options.samples, length=options.length, data=options.data, begin=options.begin)
     chains = [(compression, recovery) for compression in COMPRESSIONS for recovery in recoveries]
     if options.only:
-        chains = [chain for chain in chains if any(part in " ".join(chain) for part in options.only.split(","))]
+        chains = [chain for chain in chains if any(part in " ".join(chain) for part in options.only.split(";"))]
     chains = [*((compression, "") for compression in dict.fromkeys(chain[0] for chain in chains)), *chains]
     for compression, recovery in chains:
-        if any((row["compression"], row["recovery"]) == (compression, recovery) for row in table["rows"]):
-            continue
-        table["rows"].append(row := measure(options.model, compression, recovery, judge, calibration))
-        table["rows"].sort(key=lambda row: (COMPRESSIONS.index(row["compression"]), row["recovery"]))
-        print(row, file=sys.stderr, flush=True)
-        RESULTS.write_text(json.dumps(tables, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(markdown(tables))
-    print(markdown({protocol: table}))
-    for line in (lines := missed(table["rows"], table["dense"])):
-        print(f"MISSED {line}", file=sys.stderr)
-    return 1 if lines else 0
+        if not table.has(compression=compression, recovery=recovery):
+            row = measure(options.model, compression, recovery, judge, calibration)
+            table.add(row, lambda row: (COMPRESSIONS.index(row["compression"]), row["recovery"]))
+    return table.close(missed(table.rows, table.dense))
 
 
 if __name__ == "__main__":
