@@ -149,7 +149,8 @@ def _apply(outlined: Outline, step: Pass) -> list[str]:
             step.check_budget(seen)
         except ValueError as error:
             raise BadInput(f"{step.label()}: {error}") from None
-    return [f"{step.label()} gives up the {lost} that an earlier pass made ({n} layers)" for lost, n in given_up.items()]
+    told = [f"{step.label()} gives up the {lost} that an earlier pass made ({n} layers)" for lost, n in given_up.items()]
+    return told + (step.remarks(seen) if isinstance(step, TrainPass) else [])
 
 
 def _has(weight: Weight, what: str) -> bool:

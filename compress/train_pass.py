@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -202,6 +202,10 @@ class TrainPass(Pass):
     def chooses(self) -> bool:
         """Whether :meth:`choose` is to be asked."""
         return type(self).choose is not TrainPass.choose
+
+    def remarks(self, weights: Sequence[Weight]) -> list[str]:
+        """What the user should know, given the layers, of meta tensors."""
+        return []
 
     def betas(self, parameter: str) -> tuple[float, float]:
         """AdamW's decay rates, of the mean gradient and of its square, for what the form of :meth:`adapt` calls ``parameter`` in

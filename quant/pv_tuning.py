@@ -3,6 +3,7 @@ straight-through gradients have pulled the weights farthest (Malinovskii et al.,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from pydantic import Field
 from compress.distill.logit_kd import LogitKD
 from compress.passes import Taxon
 from compress.quant.buffered import Buffered
-from compress.weights import Codebook, Quantized, Weight
+from compress.weights import Codebook, LowRank, Quantized, Weight
 from compress.weights.composed import unmasked
 
 
@@ -38,10 +39,15 @@ class PVTuning(LogitKD):
     delta_decay: float = Field(0.0, ge=0, le=1, description="share of the buffer's way from the codes that each step takes back")
     beam: int = Field(5, ge=1, description="sums of entries that are followed up from book to book")
 
+    def remarks(self, weights: Sequence[Weight]) -> list[str]:
+        parts = (part for weight in weights for part in ((weight.down, weight.up) if isinstance(weight, LowRank) else (weight,)))
+        if any(map(_has_codes_to_move, parts)):
+            return []
+        return [f"{self.label()}: no layer has codes to move, so that this is logit_kd; put a quantizer before it"]
+
     def adapt(self, weight: Weight, generator: torch.Generator) -> Weight:
-        inner = unmasked(weight)
-        moves = isinstance(inner, Codebook) or (isinstance(inner, Quantized) and inner.inputs is None)
-        return Buffered.start(weight, self.code_learning_rate / self.learning_rate) if moves else weight
+        ratio = self.code_learning_rate / self.learning_rate
+        return Buffered.start(weight, ratio) if _has_codes_to_move(weight) else weight
 
     def choose(self, index: int, weight: Weight) -> Weight | None:
         if not isinstance(weight, Buffered) or index == 0:
@@ -53,3 +59,8 @@ class PVTuning(LogitKD):
 
     def betas(self, parameter: str) -> tuple[float, float]:
         return (0.0, 0.95) if parameter == "buffer" else (0.9, 0.95)
+
+
+def _has_codes_to_move(weight: Weight) -> bool:
+    inner = unmasked(weight)
+    return isinstance(inner, Codebook) or (isinstance(inner, Quantized) and inner.inputs is None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -252,3 +253,15 @@ def test_an_artifact_opens_to_what_was_trained(method, llama, make_pass, run_sta
     before, after = (Skeleton(Checkpoint(path)).read_weights(0) for path in (first, artifact))
     assert any(n_changed(before[name], weight) for name, weight in after.items())
     assert all(weight.nbytes == before[name].nbytes for name, weight in after.items())
+
+
+def test_plan_says_where_there_are_no_codes_to_move(cli, llama):
+    for before, told in (
+        ([], True),
+        (["wanda"], True),
+        (["rtn:bits=4"], False),
+        (["svd", "rtn:bits=4"], False),
+        (["vptq"], False),
+    ):
+        warnings = json.loads(cli("plan", llama, *before, "pv_tuning", "--json").out)["warnings"]
+        assert any("no layer has codes to move" in warning for warning in warnings) == told, (before, warnings)
