@@ -63,10 +63,12 @@ def window_length(requested: int | None, config: Any) -> int:
 
 def surroundings(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after every text, such as Llama's and Gemma's first token."""
-    inner = _ids(tokenizer, "a")
-    whole = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
-    return whole[:at], whole[at + len(inner) :]
+    for sample in ("a", "0", "."):  # one whose token is not a special one itself
+        inner, whole = _ids(tokenizer, sample), tokenizer(sample)["input_ids"]
+        if inner and not {*inner} & {*tokenizer("")["input_ids"]}:
+            at = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+            return whole[:at], whole[at + len(inner) :]
+    return [], []
 
 
 def windows(
@@ -75,12 +77,12 @@ def windows(
 ) -> Windows:  # fmt: skip
     """``n`` windows of ``length`` tokens, drawn without overlap and in a seeded order.
 
-    Every window and every document begins as the tokenizer begins a text: some models predict nothing right without their first
-    token. Plain documents are joined, separated by the tokenizer's end-of-text token where it has one, and cut; with
-    ``begin="documents"`` a window holds the beginning of a document, and those that follow where that one is too short. Records
-    are packed: several in a window, each followed by that token, which is to be predicted too; a record begins a new window
-    where it would not fit, and what is longer than a window loses its end. Raises :class:`BadInput` where the text is too short;
-    at_most: fewer windows than ``n`` will do.
+    Every window begins as the tokenizer begins a text: some models predict nothing right without their first token. Plain
+    documents are joined, separated by the tokenizer's end-of-text token where it has one, and cut; with ``begin="documents"`` a
+    window holds the beginning of a document, and those that follow where that one is too short. Records are packed: several in a
+    window, each begun likewise and followed by that token, which is to be predicted too; a record begins a new window where it
+    would not fit, and what is longer than a window loses its end. Raises :class:`BadInput` where the text is too short; at_most:
+    fewer windows than ``n`` will do.
     """
     before, after = surroundings(tokenizer)
     separator = after or ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])
@@ -90,11 +92,11 @@ def windows(
         if isinstance(text, Record):
             pieces = [(_ids(tokenizer, piece), counted) for piece, counted in text.spans(tokenizer)]
             packed.add(_begun(pieces, before), separator, text.task)
-        else:
+        elif text:
             plain.begin()
             for start in range(0, len(text), _CHUNK_CHARACTERS):
                 plain.add(_ids(tokenizer, text[start : start + _CHUNK_CHARACTERS]))
-                if len(plain.rows) >= 4 * n:  # enough to draw from; the rest of a huge corpus is never tokenised
+                if plain.full or len(plain.rows) >= 4 * n:  # enough to draw from; the rest of a huge corpus is never tokenised
                     break
             plain.add(separator)
         if len(plain.rows) + len(packed.rows) >= 4 * n:
@@ -120,7 +122,7 @@ def _too_few(source: str, plain: _Cut, packed: _Packed, n: int, begin: Begin) ->
     fewer = f"at most {available} samples (--samples {available})" if available else "fewer samples (--samples)"
     if begin == "documents" and plain.n_tokens // length > available:
         return BadInput(
-            f"{source}: only {available} windows of {length} tokens begin with a document, {n} are wanted; give more documents, "
+            f"{source}: documents begin only {available} of the {n} windows of {length} tokens that are wanted; give more, "
             f"{fewer}, or let windows begin anywhere (--begin anywhere)"
         )
     return BadInput(
@@ -131,7 +133,7 @@ def _too_few(source: str, plain: _Cut, packed: _Packed, n: int, begin: Begin) ->
 
 def _begun(pieces: list[tuple[list[int], bool]], before: list[int]) -> list[tuple[list[int], bool]]:
     """A record's pieces, the first of which begins as every text does; chat templates write that themselves."""
-    first = pieces[0][0] if pieces else []
+    first = next((piece for piece, _ in pieces if piece), [])
     return pieces if first[: len(before)] == before else [(before, False), *pieces]
 
 
@@ -140,7 +142,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 class _Cut:
-    """Windows of plain documents. rows: their tokens; n_tokens: of all documents."""
+    """Windows of plain documents. rows: their tokens; n_tokens: of all documents; full: nothing more is wanted of this one."""
 
     def __init__(self, length: int, before: list[int], begin: Begin):
         self.length, self.only_beginnings = length, begin == "documents"
@@ -153,7 +155,6 @@ class _Cut:
     def begin(self) -> None:
         """A document begins."""
         self.full = False
-        self.add(self.before)
 
     def add(self, ids: list[int]) -> None:
         """It goes on."""
@@ -161,14 +162,11 @@ class _Cut:
         if self.full:
             return
         self.rest += ids
-        position, n_before = 0, len(self.before)
-        while not self.full:
-            head = [] if self.rest[position : position + n_before] == self.before else self.before
-            end = position + self.length - len(head)
-            if end > len(self.rest):
-                break
-            self.rows.append(head + self.rest[position:end])
-            position, self.full = end, self.only_beginnings
+        position, room = 0, self.length - len(self.before)
+        while not self.full and position + room <= len(self.rest):
+            self.rows.append(self.before + self.rest[position : position + room])
+            position += room
+            self.full = self.only_beginnings
         self.rest = [] if self.full else self.rest[position:]
 
 

@@ -152,7 +152,7 @@ def run_command(
         calibration={"data": calibration, "samples": samples, "length": length, "column": column, "begin": begin},
         evaluation=_measuring(
             tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-            log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
+            log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens, begin=begin,
         ),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
@@ -203,7 +203,7 @@ def plan_command(
         calibration={"data": calibration, "samples": samples, "length": length, "column": column, "begin": begin},
         evaluation=_measuring(
             tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-            log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
+            log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens, begin=begin,
         ),
         seed=seed, device=device, dtype=dtype, effort=effort, trust_remote_code=trust_remote_code or None,
         allow_pickle=allow_pickle or None,
@@ -228,9 +228,9 @@ def eval_command(
     model: Annotated[str, typer.Argument(help="an artifact or any checkpoint")],
     base: Annotated[str | None, typer.Option(help="compare with this base model [the artifact's own, where it is found]")] = None,
     tasks: Tasks = None, include: Include = None, limit: Limit = None, n_shot: Shots = None, batch_size: BatchSize = None,
-    data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False, streamed: StreamedOption = None,
-    reference: References = None, training_tokens: TrainingTokens = None, device: Device = None, dtype: Dtype = None,
-    as_json: Json = False,
+    begin: BeginOption = None, data: Data = None, task_seed: TaskSeed = None, log_samples: LogSamples = False,
+    streamed: StreamedOption = None, reference: References = None, training_tokens: TrainingTokens = None,
+    device: Device = None, dtype: Dtype = None, as_json: Json = False,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="write metrics.json and report.html there")] = None,
     min_recovery: MinRecovery = None, max_bytes: MaxBytes = None, max_kl: MaxKL = None, max_flips: MaxFlips = None,
     junit: Junit = None, track: Track = None,
@@ -246,7 +246,7 @@ def eval_command(
     handover = Handover(junit, track)
     evaluation = _measuring(
         tasks, include, limit, n_shot=n_shot, batch_size=batch_size, data=data, task_seed=task_seed,
-        log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens,
+        log_samples=log_samples, streamed=streamed, references=reference, training_tokens=training_tokens, begin=begin,
     )  # fmt: skip
     settings = _recipe(None, None, None, calibration={}, evaluation=evaluation, device=device, dtype=dtype)
     with Bar("eval") as bar:

@@ -132,7 +132,6 @@ def command(recipe: Recipe, name: str) -> str:
     flags = [
         ("--calibration", calibration.data, None),
         ("--column", calibration.column, "text"),
-        ("--begin", calibration.begin, "anywhere"),
         ("--samples", calibration.samples, 128),
         ("--length", calibration.length, None),
         ("--seed", recipe.seed, 0),
@@ -153,6 +152,7 @@ def evaluation_flags(evaluation: Evaluation) -> list[str]:
         ("--data", evaluation.task_data, None),
         ("--task-seed", evaluation.task_seed, None),
         ("--training-tokens", tokens and f"{tokens:.12g}", None),
+        ("--begin", evaluation.begin, "anywhere"),
     ])  # fmt: skip
     own = str(baseline_directory().parent / "tasks")
     repeated = [("--include", entry) for entry in evaluation.include if not entry.startswith(own)]

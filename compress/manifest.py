@@ -22,7 +22,8 @@ FILE = "compress_manifest.json"
 class Step(BaseModel):
     """One pass that was applied. label: as on the command line. stage: passes of one stage shared one stream. training: of a
     pass that trained: steps that are behind the weights, loss of the last step, held_out_loss of the weights and, as
-    (steps done, loss) each, held_out, all in nats per token."""
+    (steps done, loss) each, held_out, all in nats per token. contents: a digest of the files that the settings name, of an
+    adapter for one."""
 
     method: str
     label: str
@@ -31,6 +32,7 @@ class Step(BaseModel):
     settings: dict[str, Any]
     stage: int
     training: dict[str, Any] | None = None
+    contents: str = ""
 
 
 class ModuleRecord(BaseModel):

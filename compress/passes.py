@@ -90,6 +90,10 @@ class Pass(BaseModel):
         """The fields that differ from their defaults, as plain JSON values."""
         return self.model_dump(mode="json", exclude_defaults=True)
 
+    def contents(self) -> str:
+        """A digest of what else decides the result: the contents of files that the settings name; "": of none."""
+        return ""
+
     def label(self) -> str:
         """The pass as the command line writes it, ``name:key=value,key=value``."""
         pairs = ",".join(f"{key}={format_value(value)}" for key, value in self.settings().items())

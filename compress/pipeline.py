@@ -70,9 +70,8 @@ class Result(BaseModel):
                 kept = self.metrics.recovery.get(name)
                 found.append(f"{name} {score.primary}: {before:.4g} -> {score.value:.4g}" + (f" ({kept:.1%})" if kept else ""))
             if self.metrics.fidelity is not None:
-                found.append(
-                    f"KL to base {self.metrics.fidelity.kl_mean:.4g}, same top token {self.metrics.fidelity.top1_agreement:.1%}"
-                )
+                fidelity = self.metrics.fidelity
+                found.append(f"KL to base {fidelity.kl_mean:.4g}, same top token {fidelity.top1_agreement:.1%}")
         return [*found, f"report: {self.report_path}"] if self.report_path else found
 
     def summary(self) -> dict[str, Any]:
@@ -205,8 +204,9 @@ class _Run:
     def execute(self) -> Result:
         """All phases in order."""
         prepared = self._validate()
-        texts = "-".join(each.digest for each in (prepared, *self.training_windows.values(), *self.teachers.values()))
-        identity = f"{self.recipe.fingerprint()}-{self.checkpoint.digest}-{texts}-{self.dtype}"
+        files = [each.digest for each in (prepared, *self.training_windows.values(), *self.teachers.values())]
+        files += filter(None, (step.contents() for step in self.recipe.passes))
+        identity = f"{self.recipe.fingerprint()}-{self.checkpoint.digest}-{'-'.join(files)}-{self.dtype}"
         with Workspace(self.out, identity, self.overwrite) as workspace:
             workspace.check_space(2 * (self.plan.predicted_bytes + (len(self.stages) - 1) * self.checkpoint.nbytes))
             current = self.checkpoint
@@ -369,7 +369,7 @@ def check_device(device: str) -> None:
 def _step(step: Pass, stage: int, training: dict[str, Any] | None) -> Step:
     return Step(
         method=step.method(), label=step.label(), taxon=step.taxon.value, paper=step.paper,
-        settings=step.model_dump(mode="json"), stage=stage, training=training,
+        settings=step.model_dump(mode="json"), stage=stage, training=training, contents=step.contents(),
     )  # fmt: skip
 
 

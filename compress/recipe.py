@@ -81,7 +81,7 @@ class Evaluation(_Settings):
     windows: int = Field(default=16, ge=1, description="held-out windows for perplexity and divergence")
     length: int | None = Field(default=None, ge=2, description="tokens per held-out window; default: as for calibration")
     data: str | None = Field(default=None, description="held-out text; default: the bundled held-out text")
-    begin: Begin = Field(default="anywhere", description="where held-out windows begin, as for calibration")
+    begin: Begin = Field(default="anywhere", description="where held-out windows begin: anywhere, or only where documents do")
     seed: int = 0
 
     @field_validator("batch_size", mode="before")

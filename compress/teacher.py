@@ -79,9 +79,7 @@ def cached_teacher(
     digest: of the teacher's files. n_kept: k, tokens that are kept of each prediction. load: gives the model, on the device to
     compute on; called only where it is needed. Raises BadInput where the cache cannot hold it.
     """
-    key = hashlib.sha256(json.dumps([_FORMAT, digest, list(tokens.shape), n_kept]).encode())
-    key.update(tokens.cpu().numpy().tobytes())
-    file = baseline_directory().parent / "teachers" / f"{key.hexdigest()[:32]}.safetensors"
+    file = cache_file(digest, tokens, n_kept)
     if not file.exists():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +87,13 @@ def cached_teacher(
         except OSError as error:
             raise BadInput(f"{file}: the teacher's predictions cannot be kept: {error.strerror or error}") from None
     return CachedTeacher(file)
+
+
+def cache_file(digest: str, tokens: Tensor, n_kept: int) -> Path:
+    """Where :func:`cached_teacher` keeps them."""
+    key = hashlib.sha256(json.dumps([_FORMAT, digest, list(tokens.shape), n_kept]).encode())
+    key.update(tokens.cpu().numpy().tobytes())
+    return baseline_directory().parent / "teachers" / f"{key.hexdigest()[:32]}.safetensors"
 
 
 @torch.no_grad()

@@ -97,11 +97,11 @@ class TrainPass(Pass):
     them is measured at the start, every ``evaluate_every`` steps and at the end. patience: stop after so many measurements that
     were no better than an earlier one, and give back the parameters at the best; None: go on to the end and keep the last.
     teacher: another checkpoint, as a directory or hub id, instead of the model that the run began with; it must have the same
-    tokenizer. correct: steps of the text's own next-token loss that the teacher is trained for before it teaches, with the same
-    settings ("teacher correction", Muralidharan et al., 2408.11796): where the original has not seen this kind of text, the
-    text knows better than it. As it is at its best on held-out windows it then teaches. cache: compute its predictions once, keep
-    the ``cache`` likeliest tokens of each on disk with the mass of the rest, for this run and all later ones (see ``teacher.py``
-    for the error); None: keep the teacher in memory.
+    tokenizer. correct: steps of the text's own next-token loss that the teacher is trained for before it teaches, with the pass's
+    batches, learning rate and schedule ("teacher correction", Muralidharan et al., 2408.11796): where the original has not seen
+    this kind of text, the text knows better than it. As it is at its best on held-out windows it then teaches. cache: compute its
+    predictions once, keep the ``cache`` likeliest tokens of each on disk with the mass of the rest, for this run and all later
+    ones (see ``teacher.py`` for the error); None: keep the teacher in memory.
     """
 
     steps: int = Field(200, ge=1, description="optimiser steps")
@@ -157,16 +157,17 @@ class TrainPass(Pass):
     @property
     def n_windows(self) -> int:
         """Windows for which no sequence is trained on twice, those that are held out included."""
-        n_trained = self.steps * self.batch_size
+        n_trained = max(self.steps, self.correct) * self.batch_size
         held_out = max(self.batch_size, math.ceil(n_trained * self.hold_out / (1 - self.hold_out))) if self.hold_out else 0
         return n_trained + held_out
 
-    def correction(self) -> dict[str, Any]:
-        """The settings of the teacher's own training, without what is about the student alone."""
-        shared = ("batch_size", "accumulate", "length", "data", "learning_rate", "schedule", "warmup", "decay", "weight_decay")
-        found = {name: getattr(self, name) for name in (*shared, "gradient_clip", "checkpointing")}
-        judged = {"hold_out": self.hold_out or 0.02, "evaluate_every": max(1, self.correct // 10), "patience": self.correct}
-        return found | judged | {"steps": self.correct}
+    def correction(self, n_windows: int) -> dict[str, Any]:
+        """The settings of ``fine_tune`` by which the teacher is corrected on so many windows."""
+        shared = ("batch_size", "accumulate", "learning_rate", "schedule", "warmup", "decay", "weight_decay", "gradient_clip")
+        found = {name: getattr(self, name) for name in (*shared, "checkpointing", "hold_out")}
+        found |= {"steps": self.correct, "trains": "everything" if self.trains == "everything" else "blocks"}
+        judged = {"evaluate_every": max(1, self.correct // 10), "patience": self.correct}
+        return found | (judged if self.n_held_out(n_windows) else {})
 
     def trains_layer(self, name: str) -> bool:
         """Whether the matrix of that name, of a linear layer or of a part of one, is trained."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,19 +14,21 @@ from transformers import PreTrainedModel
 from compress import methods
 from compress.calibration import Windows
 from compress.checkpoint import Checkpoint
-from compress.errors import BadInput
+from compress.errors import BadInput, CompressError
 from compress.export import layers
 from compress.journal import OUTER, block_part
 from compress.processes import together
-from compress.progress import Progress
+from compress.progress import RESUMED, Progress
 from compress.records import Streamed, describe, grids
 from compress.skeleton import Skeleton
 from compress.stream import PROBE_LENGTH, PROBE_SEQUENCES
-from compress.teacher import cached_teacher
+from compress.teacher import cache_file, cached_teacher
 from compress.train import Teacher, TrainResult, train
 from compress.train_pass import Batch, TrainPass
 from compress.weights import Weight, assert_structure_kept, structure
 from compress.writer import BlockStore
+
+log = logging.getLogger(__name__)
 
 
 def train_stage(
@@ -47,19 +52,21 @@ def train_stage(
     """
     if source.tables and step.trains == "everything":
         raise BadInput(f"{step.label()}: the embedding is compressed, and training would open it: train before, or trains=blocks")
+    lesson = _Lesson(original, step, training, directory / "teacher", seed, device)
     if step.cache:
-        if step.correct:
-            together(_corrected, original, step, training, directory, seed, device, progress=progress)
-        # before the student takes up memory, and other processes ask
-        _teacher(original, step, training, directory, seed, device, progress)
-    student, before, trained = together(_train, source, original, step, training, directory, seed, device, progress=progress)
+        lesson.prepare(progress)
+    student, before, trained, correction = together(
+        _train, source, original, step, training, directory, seed, device, progress=progress
+    )
     quantized = grids(trained.weights | student.tables())
     student.mixed = layers.library(quantized).is_mixed(quantized, source.cache_scheme)
     after = {name: student.settled(weight) for name, weight in trained.weights.items()}
     for name, weight in after.items():
         assert_structure_kept(f"{step.method()} at {name}", structure(before[name]), weight)
     others = _round_others(student)
-    result = Streamed({}, {}, {}, (probe, probe), cache=source.cache_scheme, training=trained.summary())
+    result = Streamed(
+        {}, {}, {}, (probe, probe), cache=source.cache_scheme, training=trained.summary() | (correction or lesson.summary)
+    )
     for index in range(len(student.blocks)):
         tensors: dict[str, Tensor] = {}
         for local in student.arch.linears if index not in student.owners else ():
@@ -83,11 +90,12 @@ def train_stage(
 def _train(
     source: Checkpoint, original: Checkpoint, step: TrainPass, training: Windows, directory: Path, seed: int, device: str,
     progress: Progress,
-) -> tuple[Skeleton, dict[str, Weight], TrainResult]:  # fmt: skip
-    """The student, its weights before, and what came out: the part of the stage that processes share."""
+) -> tuple[Skeleton, dict[str, Weight], TrainResult, dict[str, Any]]:  # fmt: skip
+    """The student, its weights before, what came out, and the teacher's own training: the part that processes share."""
     student = Skeleton(source, device)
     before = student.materialise()
-    teacher = _teacher(original, step, training, directory, seed, device, progress) if step.needs.teacher else None
+    lesson = _Lesson(original, step, training, directory / "teacher", seed, device)
+    teacher = lesson.teacher(progress) if step.needs.teacher else None
     if isinstance(teacher, PreTrainedModel):
         picked = step.pick(student.model, teacher, Batch(training.tokens, training.counted), seed)
         training = training if picked is None else training.only(picked)
@@ -95,35 +103,74 @@ def _train(
         student.model, before, teacher, training.tokens, step,
         seed=seed, device=device, directory=directory, progress=progress, counted=training.counted, tasks=training.tasks,
     )  # fmt: skip
-    return student, before, result
+    return student, before, result, lesson.summary
 
 
-def _teacher(
-    original: Checkpoint, step: TrainPass, training: Windows, directory: Path, seed: int, device: str, progress: Progress
-) -> Teacher:
-    """The model that teaches, or what it predicts on the training windows."""
+@dataclass
+class _Lesson:
+    """Who teaches. directory: of the state of the teacher's own training. summary: of that training, where there was one."""
 
-    def load() -> PreTrainedModel:
-        return _corrected(original, step, training, directory, seed, device, progress)
+    original: Checkpoint
+    step: TrainPass
+    training: Windows
+    directory: Path
+    seed: int
+    device: str
+    summary: dict[str, Any] = field(default_factory=dict)
 
-    identity = f"{original.digest} {step.correction()} {training.digest} {seed}" if step.correct else original.digest
-    return cached_teacher(identity, training.tokens, step.cache, load, progress) if step.cache else load()
+    def prepare(self, progress: Progress) -> None:
+        """Have the predictions on disk that ``cache`` asks for, before the student takes up memory, and other processes ask."""
+        assert self.step.cache
+        if self.step.correct and not cache_file(self.identity, self.training.tokens, self.step.cache).exists():
+            together(_Lesson.corrected, self, progress=progress)
+        self.teacher(progress)
 
+    def teacher(self, progress: Progress) -> Teacher:
+        """The model, or what it predicts on the training windows."""
 
-def _corrected(
-    original: Checkpoint, step: TrainPass, training: Windows, directory: Path, seed: int, device: str, progress: Progress
-) -> PreTrainedModel:
-    """The original, itself trained on the text that it is to teach where that is asked for; again at once what is trained."""
-    skeleton = Skeleton(original, device)
-    weights = skeleton.materialise()
-    if step.correct:
-        correction = methods.build("fine_tune", step.correction())
+        def load() -> PreTrainedModel:
+            model, self.summary = self.corrected(progress)
+            return model
+
+        return cached_teacher(self.identity, self.training.tokens, self.step.cache, load, progress) if self.step.cache else load()
+
+    @property
+    def identity(self) -> str:
+        """What decides what the teacher predicts."""
+        if not self.step.correct:
+            return self.original.digest
+        settings = self._correction.model_dump(mode="json", exclude={"accumulate", "checkpointing"})
+        return f"{self.original.digest} {settings} {self.training.digest} {self.seed}"
+
+    @property
+    def _correction(self) -> TrainPass:
+        counted = self.training.counted
+        n_windows = len(self.training.tokens) if counted is None else int(counted[:, 1:].any(1).sum())
+        settings = self.step.correction(n_windows) | ({"trains": "blocks"} if self.original.tables else {})
+        correction = methods.build("fine_tune", settings)
         assert isinstance(correction, TrainPass)
-        train(
-            skeleton.model, weights, None, training.tokens, correction,
-            seed=seed, device=device, directory=directory / "teacher", progress=progress, counted=training.counted,
-        )  # fmt: skip
-    return skeleton.model
+        return correction
+
+    def corrected(self, progress: Progress) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The original, itself trained on the text where that is asked for, and how that went. Done once, it is done at once."""
+        skeleton = Skeleton(self.original, self.device)
+        weights = skeleton.materialise()
+        if not self.step.correct:
+            return skeleton.model, {}
+
+        def tell(done: int, total: int, message: str) -> None:
+            progress(done, total, message if message == RESUMED else f"teacher: {message}")
+
+        try:
+            result = train(
+                skeleton.model, weights, None, self.training.tokens, self._correction, seed=self.seed, device=self.device,
+                directory=self.directory, progress=tell, counted=self.training.counted,
+            )  # fmt: skip
+        except CompressError as error:
+            raise type(error)(f"{self.step.label()}: when the teacher was corrected: {error}") from None
+        if not result.n_steps:
+            log.warning("%s: no step of the correction made the teacher better; it teaches as it was", self.step.label())
+        return skeleton.model, {"teacher": result.summary()}
 
 
 def _round_others(student: Skeleton) -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 2106.09685), under their masks (LoRAPrune, 2305.18403), into their factors, and beside their grids (INT2.1, 2306.08162).
 
 Adapters are trained on a model as it is, with data and losses of one's own. Merged before compression they make the model that is
-compressed; merged after it, into the artifact that they were trained on, they heal it.
+compressed; merged after it, into the artifact that they were trained on, they heal it. But beside a mask peft trains what no mask
+holds: the part of a change that falls on removed weights is lost. ``lora`` trains under the mask.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,10 @@ from compress.surgery import Surgery
 from compress.weights import Dense, LowRank, Weight
 from compress.weights.composed import unmasked
 
+log = logging.getLogger(__name__)
+
+_MUCH = 0.1  # of a change's energy
+
 
 class Adapter(ModelPass):
     """W becomes W + up @ down, in the form that it has: kept weights take the change up and removed ones stay removed, factors of
@@ -34,8 +40,11 @@ class Adapter(ModelPass):
 
     path: str | None = Field(None, description="directory or hub id of peft's adapter; must be given")
 
+    def contents(self) -> str:
+        return AdapterFiles(self.path).digest if self.path else ""
+
     def surgery(self, model: Skeleton, found: Any = None) -> Surgery:
-        if self.path is None:
+        if not self.path:
             raise BadInput("adapter: which one? Give adapter:path=DIR, a directory that peft has written")
         adapter = AdapterFiles(self.path)
         owners = [index for index in range(len(model.blocks)) if index not in model.owners]
@@ -47,6 +56,9 @@ class Adapter(ModelPass):
 
         def block(index: int, weights: dict[str, Weight], others: dict[str, Tensor]):
             names = {local: model.module_name(model.owner(index), local) for local in weights}
+            for local, weight in weights.items():
+                if (lost := _lost(weight, names[local], adapter)) > _MUCH:
+                    log.warning("%s: %.0f %% of the change falls on removed weights and is lost", names[local], 100 * lost)
             return {local: _changed(weight, names[local], adapter) for local, weight in weights.items()}, others
 
         return Surgery(block=block, selects=True)
@@ -76,8 +88,15 @@ def merged(weight: Weight, change: Change) -> Weight:
     takes_up = isinstance(unmasked(weight), Dense)
     if weight.mask is not None and not takes_up:
         raise ValueError("a masked grid can neither take a change up nor keep its zeros beside one; merge before quantizing")
-    dtype, tensors = torch.float32 if takes_up else weight.dtype, []
-    weight.map(lambda tensor: tensors.append(tensor) or tensor)
-    device = "meta" if any(tensor.is_meta for tensor in tensors) else tensors[0].device
-    adapted = Corrected(weight, change.down.to(device, dtype), change.up.to(device, dtype))
-    return adapted.merged()
+    where = next((tensor.device for tensor in weight.parameters().values()), "cpu")
+    dtype = torch.float32 if takes_up else weight.dtype
+    return Corrected(weight, change.down.to(where, dtype), change.up.to(where, dtype)).merged()
+
+
+def _lost(weight: Weight, name: str, adapter: AdapterFiles) -> float:
+    """The share of the change's energy that a mask removes."""
+    if weight.mask is None or weight.mask.is_meta or name not in adapter.names:
+        return 0.0
+    change = adapter.change(name)
+    energy = (change.up @ change.down).square()
+    return float((energy * ~weight.mask).sum() / energy.sum().clamp(min=1e-38))

@@ -221,10 +221,10 @@ def run_stages(calibration, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     from compress.progress import silent
     from compress.recipe import Recipe
 
-    def run(source: Path, passes: Sequence, **settings) -> Path:
+    def run(source: Path, passes: Sequence, progress: Callable[..., None] = silent, **settings) -> Path:
         directory = tmp_path_factory.mktemp("run")
         recipe = Recipe.parse({"passes": list(passes), "calibration": calibration, "evaluation": None, **settings})
-        work = _Run(recipe, source, str(source), directory / "out", False, silent, Gates())
+        work = _Run(recipe, source, str(source), directory / "out", False, progress, Gates())
         prepared, current = work._validate(), work.checkpoint
         for number, stage in enumerate(work.stages):
             work._stage(current, number, stage, directory / f"stage-{number}", prepared)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from compress.calibration import Windows
 from compress.checkpoint import Checkpoint
 from compress.distill.logit_kd import LogitKD
 from compress.distill.losses import forward_kl
-from compress.errors import BadInput
+from compress.errors import BadInput, CompressError
 from compress.manifest import Manifest
 from compress.methods import build
 from compress.progress import silent
@@ -23,7 +24,7 @@ from compress.signals import signal_of
 from compress.teacher import CachedTeacher, cached_teacher, keep_predictions
 from compress.train import train
 from compress.train_pass import Batch
-from compress.training_stage import _corrected
+from compress.training_stage import _Lesson
 from compress.weights import Dense
 
 VOCABULARY = 96
@@ -231,28 +232,50 @@ def test_plan_knows_what_training_needs(cli, make_checkpoint):
     assert planned(",cache=8")[0] < plain[0] < planned(",patience=2")[0]
 
 
-def test_a_corrected_teacher_is_one_that_was_fine_tuned_before(llama, run_stages, tmp_path, monkeypatch):
-    """On the windows, and with the settings, of the pass that it teaches."""
-    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+def test_a_corrected_teacher_is_trained_once_and_leaves_a_trace(llama, run_stages, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
     settings = {"steps": 6, "batch_size": 2, "length": 16, "learning_rate": 3e-3, "evaluate_every": 3, "hold_out": 0.2}
     corrected = LogitKD(**settings, correct=20)
-    fine_tuned = build("fine_tune", corrected.correction())
-    assert fine_tuned.n_windows > corrected.n_windows and fine_tuned.learning_rate == 3e-3 and fine_tuned.hold_out == 0.2
-    artifact = run_stages(llama, ["wanda", corrected])
-    cached = run_stages(llama, ["wanda", corrected.model_copy(update={"cache": 264})])
-    plain = run_stages(llama, ["wanda", LogitKD(**settings)])
-    losses = [dict(Manifest.read(each).steps[-1].training["held_out"]) for each in (artifact, cached, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert losses[0][0] != pytest.approx(losses[2][0], rel=0.02)  # another teacher: another distance to begin with
-    assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 1
-    run_stages(llama, ["wanda", corrected.model_copy(update={"cache": 264, "correct": 10})])
-    assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 2
+    cached = corrected.model_copy(update={"cache": 264})
+    said = []
+
+    def listen(done: int, total: int, message: str) -> None:
+        said.append(message)
+
+    runs = [run_stages(llama, ["wanda", step], progress=listen) for step in (corrected, cached)]
+    assert sum(message.startswith("teacher: ") for message in said) >= 40
+    said.clear()
+    runs += [run_stages(llama, ["wanda", step], progress=listen) for step in (cached, LogitKD(**settings))]
+    assert not any(message.startswith("teacher: ") for message in said)  # what it predicts is known
+    training = [Manifest.read(each).steps[-1].training for each in runs]
+    losses = [dict(found["held_out"]) for found in training]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[1] == losses[2]
+    assert losses[0][0] != pytest.approx(losses[3][0], rel=0.02)  # another teacher: another distance to begin with
+    own = training[0]["teacher"]
+    assert own["held_out_loss"] == min(loss for _, loss in own["held_out"]) and training[1]["teacher"] == own
+    assert "teacher" not in training[2] and "teacher" not in training[3]
+    assert len(list((tmp_path / "teachers").iterdir())) == 1
+    run_stages(llama, ["wanda", cached.model_copy(update={"correct": 10})])
+    assert len(list((tmp_path / "teachers").iterdir())) == 2
+
+
+def test_a_correction_that_helps_nobody(llama, run_stages, caplog):
+    settings = {"steps": 2, "batch_size": 2, "length": 16, "hold_out": 0.2, "correct": 4}
+    spoilt = Manifest.read(run_stages(llama, [LogitKD(**settings, learning_rate=100.0)])).steps[-1].training["teacher"]
+    assert spoilt["steps"] == 0 and "no step of the correction made the teacher better" in caplog.text
+
+
+def test_what_a_correction_takes_over():
+    step = LogitKD(steps=2, batch_size=4, learning_rate=3e-3, correct=30, hold_out=0.25, trains="everything")
+    assert step.n_windows == 30 * 4 + 40 and LogitKD(steps=40, correct=30, batch_size=4, hold_out=0).n_windows == 160
+    tuned = build("fine_tune", step.correction(200))
+    assert (tuned.steps, tuned.trains, tuned.learning_rate, tuned.patience) == (30, "everything", 3e-3, 30)
+    assert build("fine_tune", step.correction(7)).patience is None  # too few windows to judge by
+    assert build("fine_tune", LogitKD(correct=3, trains="scales").correction(9)).trains == "blocks"
 
 
 def test_a_teacher_that_is_corrected_learns_the_text(model, windows, tmp_path):
     """What the stage gives its student as a teacher is the model as its own training left it."""
-    from compress.calibration import Windows
-
     source = tmp_path / "source"
     model.save_pretrained(source)
     tokens = windows[:, :1] + torch.arange(16) % 3  # something that can be learnt
@@ -262,9 +285,13 @@ def test_a_teacher_that_is_corrected_learns_the_text(model, windows, tmp_path):
     def loss(teacher: PreTrainedModel) -> float:
         return teacher(input_ids=data.tokens, labels=data.tokens).loss.item()
 
-    arguments = (tmp_path / "work", 0, "cpu", silent)
-    original = _corrected(Checkpoint.open(source), step.model_copy(update={"correct": 0}), data, *arguments)
-    teacher = _corrected(Checkpoint.open(source), step, data, *arguments)
-    assert loss(original) == pytest.approx(loss(model), rel=1e-5) and loss(teacher) < 0.7 * loss(original)
-    again = _corrected(Checkpoint.open(source), step, data, *arguments)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in teacher.state_dict().items())
+    def teacher(step: LogitKD) -> PreTrainedModel:
+        found = _Lesson(Checkpoint.open(source), step, data, tmp_path / "work", 0, "cpu").teacher(silent)
+        assert isinstance(found, PreTrainedModel)
+        return found
+
+    original, corrected, again = teacher(step.model_copy(update={"correct": 0})), teacher(step), teacher(step)
+    assert loss(original) == pytest.approx(loss(model), rel=1e-5) and loss(corrected) < 0.7 * loss(original)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in corrected.state_dict().items())
+    with pytest.raises(CompressError, match=r"logit_kd.*when the teacher was corrected: "):
+        teacher(step.model_copy(update={"learning_rate": 1e30}))

@@ -81,11 +81,12 @@ def test_other_architectures(family, make_checkpoint, run_stages, tokens, tmp_pa
     torch.testing.assert_close(logits_of(reload(artifact), tokens), logits_of(model, tokens), rtol=1e-3, atol=1e-3)
 
 
-def test_removed_weights_stay_removed_and_kept_ones_take_the_change_up(llama, run_stages, tmp_path):
+def test_removed_weights_stay_removed_and_kept_ones_take_the_change_up(llama, run_stages, tmp_path, caplog):
     pruned = run_stages(llama, ["wanda:sparsity=0.5"])
     model = trained(pruned, tmp_path / "adapter")
     merged = model.merge_and_unload()
     artifact = run_stages(pruned, [Adapter(path=str(tmp_path / "adapter"))])
+    assert "of the change falls on removed weights and is lost" in caplog.text
     before = weights_of(pruned)
     for name, weight in weights_of(artifact).items():
         expected = merged.get_submodule(name).weight.detach() * before[name].mask
@@ -143,23 +144,63 @@ def test_what_cannot_be_merged_is_refused_before_compute(llama, make_checkpoint,
         run_stages(llama, ["adapter"])
     refused("neither a local directory|no such model directory")
     adapter.mkdir()
-    refused("no adapter_config.json")
-    (adapter / CONFIG_FILE).write_text("[]")
+    refused("no adapter_config.json: no adapter of peft")
+    trained(llama, adapter / "mine")
+    refused("no adapter_config.json .did you mean .*mine")
+    (adapter / CONFIG_FILE).write_text("[" * 100_000)
     refused("cannot be read")
     trained(llama, adapter)
     refused("changes a matrix of 64 x", make_checkpoint("llama", hidden_size=96))
-    edited(adapter, peft_type="IA3")
-    refused("peft_type is IA3")
-    edited(adapter, peft_type="LORA", use_dora=True)
-    refused("merge_and_unload")
-    edited(adapter, use_dora=False)
+    config = json.loads((adapter / CONFIG_FILE).read_text())
+    for changes, told in (
+        ({"peft_type": "IA3"}, "peft_type is IA3"), ({"use_dora": True}, "use_dora may change .*merge_and_unload"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens may"), ({"of_the_future": 1}, "of_the_future may"),
+        ({"init_lora_weights": "pissa"}, "pissa changed the base"), ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"alpha_pattern": {"q_proj(": 3}}, "no regular expression"), ({"alpha_pattern": [3]}, "alpha_pattern"),
+        ({"use_rslora": "false"}, "use_rslora"),
+    ):  # fmt: skip
+        (adapter / CONFIG_FILE).write_text(json.dumps(config | changes))
+        refused(told)
+    (adapter / CONFIG_FILE).write_text(json.dumps(config))
     tensors = load_file(adapter / TENSOR_FILE)
-    save_file(tensors | {"base_model.model.lm_head.weight": torch.zeros(2, 2)}, adapter / TENSOR_FILE)
-    refused("lm_head.weight is none of low-rank changes")
-    renamed = {name.replace("q_proj", "q_prj"): tensor.clone() for name, tensor in tensors.items()}
-    save_file(renamed, adapter / TENSOR_FILE)
-    refused("q_prj is no linear layer .*did you mean '.*q_proj'")
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    misspelt = {other.replace("q_proj", "q_prj"): tensors[other].clone() for other in (name, name.replace("_A", "_B"))}
+    for changes, told in (
+        ({"base_model.model.lm_head.weight": torch.zeros(2, 2)}, "lm_head.weight is no low-rank change .*merge_and_unload"),
+        ({name: tensors[name] * float("nan")}, "not finite"), ({name: tensors[name].int()}, "floating-point"),
+        ({name: tensors[name][:0]}, "no product"), ({name: tensors[name][:2]}, "no product"),
+        (misspelt, "q_prj is no linear layer .*did you mean '.*q_proj'"),
+    ):  # fmt: skip
+        save_file(tensors | changes, adapter / TENSOR_FILE)
+        refused(told)
     (adapter / TENSOR_FILE).write_bytes(b"no")
     refused("cannot be read")
     (adapter / TENSOR_FILE).rename(adapter / "adapter_model.bin")
     refused("pickled adapters are not opened")
+
+
+def test_how_an_adapter_may_have_begun(llama, run_stages, tokens, tmp_path, reload):
+    model = trained(llama, tmp_path / "adapter", init_lora_weights="gaussian", bias="all", exclude_modules="o_proj")
+    artifact = run_stages(llama, [Adapter(path=str(tmp_path / "adapter"))])
+    torch.testing.assert_close(logits_of(reload(artifact), tokens), logits_of(model, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_another_adapter_at_the_same_place_is_another_run(llama, calibration, tmp_path):
+    """An interrupted run is not gone on with, and the artifact says which one it took in."""
+    trained(llama, tmp_path / "adapter")
+    chain = [Adapter(path=str(tmp_path / "adapter")), "rtn"]
+
+    def stop(done: int, total: int, message: str) -> None:
+        if "reloading" in message:
+            raise KeyboardInterrupt
+
+    pipeline = Pipeline(chain, calibration=calibration, evaluate=False)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(llama, tmp_path / "out", progress=stop)
+    tensors = load_file(tmp_path / "adapter" / TENSOR_FILE)
+    before = chain[0].contents()
+    save_file({name: 3 * tensor for name, tensor in tensors.items()}, tmp_path / "adapter" / TENSOR_FILE)
+    with pytest.raises(BadInput, match=r"out\.partial"):
+        pipeline.run(llama, tmp_path / "out")
+    result = pipeline.run(llama, tmp_path / "other")
+    assert result.manifest.steps[0].contents == chain[0].contents() != before
