@@ -50,6 +50,8 @@ def load_tokenizer(path: Path, vocabulary: int, trust_remote_code: bool = False)
         raise BadInput(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model embeds only {vocabulary}: they do not belong together"
         )
+    # It warns once of texts that are longer than the model's positions, which lm-eval and this module cut into windows.
+    getattr(tokenizer, "deprecation_warnings", {})["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
