@@ -116,7 +116,7 @@ def main() -> int:
         if table.has(chain=chain):
             continue
         try:
-            table.add(measure(options.model, chain, judge, calibration), lambda row: 0)
+            table.add(measure(options.model, chain, judge, calibration))
         except CompressError as error:
             print(f"{chain}: {error}", file=sys.stderr, flush=True)
     return table.close(missed(table.rows, table.dense))

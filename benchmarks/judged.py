@@ -76,10 +76,11 @@ class Table:
         """Whether there is a row with these cells."""
         return any(all(row[name] == value for name, value in cells.items()) for row in self.rows)
 
-    def add(self, row: dict[str, Any], order: Callable[[dict[str, Any]], Any]) -> None:
-        """Add a row and write the files. order: by which rows are sorted."""
+    def add(self, row: dict[str, Any], order: Callable[[dict[str, Any]], Any] | None = None) -> None:
+        """Add a row and write the files. order: by which rows are sorted; None: as they come."""
         self.rows.append(row)
-        self.rows.sort(key=order)
+        if order is not None:
+            self.rows.sort(key=order)
         print(row, file=sys.stderr, flush=True)
         self.file.write_text(json.dumps(self.tables, indent=1) + "\n")
         self.file.with_suffix(".md").write_text(self.markdown(self.tables))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compress.weights import Affine, Dense, LowRank, Masked, Sum, Weight
+from compress.weights import Affine, Dense, LowRank, Masked, Provisional, Sum, Weight
 from compress.weights.composed import unmasked
 
 
 @dataclass(frozen=True)
-class Adapted(Weight):
+class Adapted(Provisional):
     """``base`` and a change, of which only the change is trained; where the base has a mask, the change is under it too."""
 
     base: Weight
@@ -38,21 +37,10 @@ class Adapted(Weight):
         return self.base.dense(dtype) + (change if self.mask is None else change * self.mask)
 
     @property
-    def nbytes(self) -> int:
-        return self.merged().nbytes
-
-    @property
-    def numel(self) -> int:
-        return self.merged().numel
-
-    @property
     def mask(self) -> Tensor | None:
         return self.base.mask
 
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Adapted:
-        return replace(self, **parameters)  # type: ignore[type-var]
-
-    def merged(self) -> Weight:
+    def final(self) -> Weight:
         """The base with its change in it, in the base's form: free values take it up. Any other form keeps it beside, in a sum;
         one with a mask cannot, and raises ValueError."""
         if isinstance(unmasked(self.base), Dense):
@@ -125,7 +113,7 @@ class Pooled(Adapted):
     def parameters(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up}
 
-    def merged(self) -> Affine:
+    def final(self) -> Affine:
         """The grid with other zero-points. Where a scale is 0 there is nothing to move."""
         scale = self.base.scale.float()
         shift = torch.where(scale == 0, 0, self.up.float() @ self.down.float() / torch.where(scale == 0, 1, scale))

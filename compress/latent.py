@@ -3,14 +3,14 @@ gradients as if they were not (the straight-through estimator of a whole quantiz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress.activations import Inputs
-from compress.weights import Coded, Composed, SparsePart, Weight
+from compress.weights import Coded, Composed, Provisional, SparsePart, Weight
 from compress.weights.composed import unmasked
 
 Rounding = Callable[[Tensor, Tensor | None], Coded]
@@ -19,7 +19,7 @@ are to stay so."""
 
 
 @dataclass(frozen=True)
-class Latent(Weight):
+class Latent(Provisional):
     """``rounding(values)``. values: (out, in) float32. kept: (out, in) bool, False where a weight was removed, or None.
     inputs: how readers round what enters the layer."""
 
@@ -32,7 +32,7 @@ class Latent(Weight):
         """The values on their grid."""
         return self.rounding(self.values if self.kept is None else self.values * self.kept, self.kept)
 
-    def rounded(self) -> Weight:
+    def final(self) -> Weight:
         """The values on their grid, under the mask that there is."""
         return self.grid() if self.kept is None else self.grid().masked(self.kept)
 
@@ -46,17 +46,9 @@ class Latent(Weight):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         with torch.no_grad():
-            rounded = self.rounded().dense(dtype)
+            rounded = self.final().dense(dtype)
         values = self.values if self.kept is None else self.values * self.kept
         return rounded + (values - values.detach()).to(rounded.dtype)  # which adds nothing but the way back for gradients
-
-    @property
-    def nbytes(self) -> int:
-        return self.rounded().nbytes
-
-    @property
-    def numel(self) -> int:
-        return self.rounded().numel
 
     @property
     def mask(self) -> Tensor | None:
@@ -64,9 +56,6 @@ class Latent(Weight):
 
     def parameters(self) -> dict[str, Tensor]:
         return {"values": self.values}
-
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Latent:
-        return replace(self, **parameters)
 
 
 def latent(weight: Weight, rounding: Callable[[torch.dtype], Rounding], inputs: Inputs | None = None) -> Weight:
@@ -81,7 +70,7 @@ def latent(weight: Weight, rounding: Callable[[torch.dtype], Rounding], inputs: 
 
 def rounded(weight: Weight) -> Weight:
     """What :func:`latent` made, on grids."""
-    return each_matrix(weight, lambda matrix: matrix.rounded() if isinstance(matrix, Latent) else matrix)
+    return each_matrix(weight, lambda matrix: matrix.final() if isinstance(matrix, Latent) else matrix)
 
 
 def each_matrix(weight: Weight, change: Callable[[Weight], Weight]) -> Weight:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.passes import Pass, Patterns, matches_any
-from compress.weights import Weight
+from compress.weights import Provisional, Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,8 +186,8 @@ class TrainPass(Pass):
         return weight
 
     def settle(self, weight: Weight) -> Weight:
-        """What becomes of a matrix in the form of :meth:`adapt`, once it has been trained."""
-        return weight
+        """What becomes of a matrix in the form of :meth:`adapt`, once it has been trained: by default what that form ends as."""
+        return weight.final() if isinstance(weight, Provisional) else weight
 
     def choose(self, index: int, weight: Weight) -> Weight | None:
         """What a matrix is trained as from the step with that index on, or None where nothing changes. Asked before every step,

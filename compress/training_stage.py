@@ -55,18 +55,14 @@ def train_stage(
     lesson = _Lesson(original, step, training, directory / "teacher", seed, device)
     if step.cache:
         lesson.prepare(progress)
-    student, before, trained, correction = together(
-        _train, source, original, step, training, directory, seed, device, progress=progress
-    )
+    student, before, trained = together(_train, source, lesson, directory, progress=progress)
     quantized = grids(trained.weights | student.tables())
     student.mixed = layers.library(quantized).is_mixed(quantized, source.cache_scheme)
     after = {name: student.settled(weight) for name, weight in trained.weights.items()}
     for name, weight in after.items():
         assert_structure_kept(f"{step.method()} at {name}", structure(before[name]), weight)
     others = _round_others(student)
-    result = Streamed(
-        {}, {}, {}, (probe, probe), cache=source.cache_scheme, training=trained.summary() | (correction or lesson.summary)
-    )
+    result = Streamed({}, {}, {}, (probe, probe), cache=source.cache_scheme, training=trained.summary() | lesson.summary)
     for index in range(len(student.blocks)):
         tensors: dict[str, Tensor] = {}
         for local in student.arch.linears if index not in student.owners else ():
@@ -88,13 +84,12 @@ def train_stage(
 
 
 def _train(
-    source: Checkpoint, original: Checkpoint, step: TrainPass, training: Windows, directory: Path, seed: int, device: str,
-    progress: Progress,
-) -> tuple[Skeleton, dict[str, Weight], TrainResult, dict[str, Any]]:  # fmt: skip
-    """The student, its weights before, what came out, and the teacher's own training: the part that processes share."""
+    source: Checkpoint, lesson: _Lesson, directory: Path, progress: Progress
+) -> tuple[Skeleton, dict[str, Weight], TrainResult]:
+    """The student, its weights before, and what came out: the part of the stage that processes share."""
+    step, training, seed, device = lesson.step, lesson.training, lesson.seed, lesson.device
     student = Skeleton(source, device)
     before = student.materialise()
-    lesson = _Lesson(original, step, training, directory / "teacher", seed, device)
     teacher = lesson.teacher(progress) if step.needs.teacher else None
     if isinstance(teacher, PreTrainedModel):
         picked = step.pick(student.model, teacher, Batch(training.tokens, training.counted), seed)
@@ -103,7 +98,7 @@ def _train(
         student.model, before, teacher, training.tokens, step,
         seed=seed, device=device, directory=directory, progress=progress, counted=training.counted, tasks=training.tasks,
     )  # fmt: skip
-    return student, before, result, lesson.summary
+    return student, before, result
 
 
 @dataclass

@@ -90,7 +90,7 @@ def merged(weight: Weight, change: Change) -> Weight:
         raise ValueError("a masked grid can neither take a change up nor keep its zeros beside one; merge before quantizing")
     where = next((tensor.device for tensor in weight.parameters().values()), "cpu")
     dtype = torch.float32 if takes_up else weight.dtype
-    return Corrected(weight, change.down.to(where, dtype), change.up.to(where, dtype)).merged()
+    return Corrected(weight, change.down.to(where, dtype), change.up.to(where, dtype)).final()
 
 
 def _lost(weight: Weight, name: str, adapter: AdapterFiles) -> float:

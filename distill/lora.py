@@ -53,9 +53,9 @@ class LoRA(LogitKD):
         return Corrected.start(weight, min(self.rank, *weight.shape), generator)
 
     def settle(self, weight: Weight) -> Weight:
-        if not isinstance(weight, Adapted):
-            return weight
-        return weight.merged() if self.merge or isinstance(weight, Pooled) else weight.beside()
+        if self.merge or isinstance(weight, Pooled) or not isinstance(weight, Adapted):
+            return super().settle(weight)
+        return weight.beside()
 
     def outline(self, weight: Weight) -> Weight:
         return self.settle(self.adapt(weight, torch.Generator()).map(lambda tensor: tensor.to("meta")))

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from compress.adapted import Adapted, Shifted
+from compress.adapted import Shifted
 from compress.distill.feature_kd import FeatureKD
 from compress.passes import Taxon
 from compress.weights import Dense, Weight
@@ -34,6 +34,3 @@ class PELA(FeatureKD):
         if not isinstance(inner := unmasked(weight), Dense):
             return weight
         return Shifted(weight, torch.zeros_like(inner.values))
-
-    def settle(self, weight: Weight) -> Weight:
-        return weight.merged() if isinstance(weight, Adapted) else weight

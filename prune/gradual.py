@@ -74,9 +74,6 @@ class Gradual(Objective):
             pattern = f"{kept[1] - int(kept[1] * sparsity)}:{kept[1]}"
         return weight.under(lowest(scores, sparsity, pattern))
 
-    def settle(self, weight: Weight) -> Weight:
-        return weight.stopped() if isinstance(weight, Thinned) else weight
-
     def outline(self, weight: Weight) -> Weight:
         if not isinstance(inner := unmasked(weight), Dense):
             return weight

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from compress.passes import Needs, Taxon
@@ -43,11 +43,6 @@ class SparseGPT(Pruner):
     bits: int | None = Field(None, ge=2, le=8, description="round what is kept to so many bits per weight; none: do not")
     group_size: GroupSize = Field(128, description="consecutive inputs that share a scale; -1: the whole row")
     symmetric: bool = Field(True, description="grids centred on zero, without zero-points")
-
-    @field_validator("group_size", mode="before")
-    @classmethod
-    def _whole_row(cls, value: object) -> object:
-        return None if value in (-1, "-1") else value
 
     @property
     def quantizer(self) -> GPTQ | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compress.weights import Dense, Masked, Weight
+from compress.weights import Dense, Masked, Provisional
 
 
 @dataclass(frozen=True)
-class Thinned(Weight):
+class Thinned(Provisional):
     """``values * kept``. What is left out takes no gradient but keeps its value, and may come back.
 
     values: (out, in) floating point. kept: (out, in) bool, nowhere True where ``earlier`` is False: the mask that it came with,
@@ -32,7 +31,7 @@ class Thinned(Weight):
         """The same values under another mask."""
         return replace(self, kept=mask if self.earlier is None else mask & self.earlier)
 
-    def stopped(self) -> Masked:
+    def final(self) -> Masked:
         """What is left, for good."""
         return Masked(Dense(self.dense()), self.kept)
 
@@ -48,19 +47,8 @@ class Thinned(Weight):
         return (self.values * self.kept).to(dtype or self.dtype)
 
     @property
-    def nbytes(self) -> int:
-        return self.stopped().nbytes
-
-    @property
-    def numel(self) -> int:
-        return self.stopped().numel
-
-    @property
     def mask(self) -> Tensor:
         return self.kept
 
     def parameters(self) -> dict[str, Tensor]:
         return {"values": self.values}
-
-    def rebuild(self, parameters: Mapping[str, Tensor]) -> Thinned:
-        return replace(self, **parameters)

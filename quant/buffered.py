@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from compress.quant.additive import beam_search
-from compress.weights import Codebook, Masked, Quantized, Weight
+from compress.weights import Codebook, Masked, Provisional, Quantized, Weight
 from compress.weights.composed import unmasked
 
 
 @dataclass(frozen=True)
-class Buffered(Weight):
+class Buffered(Provisional):
     """A matrix in codes, which is what is computed with, and a buffer, which takes its gradients as if it were computed with (the
     straight-through estimator): where the codes are to go.
 
@@ -49,6 +49,9 @@ class Buffered(Weight):
         """The buffer that much of the way back to the codes."""
         return replace(self, buffer=torch.lerp(self.buffer, self.base.dense(torch.float32), share)) if share else self
 
+    def final(self) -> Weight:
+        return self.base
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.base.shape
@@ -61,14 +64,6 @@ class Buffered(Weight):
         dense = self.base.dense(dtype)
         through = (self.buffer - self.buffer.detach()).to(dense)
         return dense + (through if self.mask is None else through * self.mask)
-
-    @property
-    def nbytes(self) -> int:
-        return self.base.nbytes
-
-    @property
-    def numel(self) -> int:
-        return self.base.numel
 
     @property
     def mask(self) -> Tensor | None:

@@ -54,9 +54,6 @@ class PVTuning(LogitKD):
             return None
         return weight.recoded(self.max_code_change, self.trust_ratio, self.beam).pulled(self.delta_decay)
 
-    def settle(self, weight: Weight) -> Weight:
-        return weight.base if isinstance(weight, Buffered) else weight
-
     def betas(self, parameter: str) -> tuple[float, float]:
         return (0.0, 0.95) if parameter == "buffer" else (0.9, 0.95)
 

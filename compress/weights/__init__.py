@@ -13,7 +13,7 @@ from compress.weights.codebook import Codebook
 from compress.weights.composed import KINDS, Composed, LowRank, Sum, leaves, spec_of
 from compress.weights.grid import Coded, FloatQuantized, Quantized
 from compress.weights.incoherent import Incoherent
-from compress.weights.matrix import Dense, Masked, Weight
+from compress.weights.matrix import Dense, Masked, Provisional, Weight
 from compress.weights.parts import Affine, Columns, Outliers, Rows, SparsePart
 from compress.weights.stack import BitPlanes, SignedLowRank, Stack, prefix, stacks
 from compress.weights.structure import Structure, assert_structure_kept, structure
@@ -40,6 +40,7 @@ __all__ = [
     "LowRank",
     "Masked",
     "Outliers",
+    "Provisional",
     "Quantized",
     "RowInt8",
     "Rows",

@@ -84,6 +84,26 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 @dataclass(frozen=True)
+class Provisional(Weight):
+    """A matrix in a form that is trained and never stored; it counts as what it ends as."""
+
+    @abstractmethod
+    def final(self) -> Weight:
+        """What it ends as, from where it is now."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.final().nbytes
+
+    @property
+    def numel(self) -> int:
+        return self.final().numel
+
+    def rebuild(self, parameters: Mapping[str, Tensor]) -> Weight:
+        return replace(self, **parameters)
+
+
+@dataclass(frozen=True)
 class Dense(Weight):
     """A plain matrix; values: (out, in) floating point."""
 

@@ -104,7 +104,7 @@ def test_what_can_take_no_change_stays():
     rounds_inputs = Quantized(grid().codes, grid().scale, None, 8, inputs="int8")  # type: ignore[arg-type]
     assert LoRA().adapt(rounds_inputs, DRAW) is rounds_inputs
     with pytest.raises(ValueError, match="fill the zeros"):
-        Corrected.start(masked, 2, DRAW).merged()
+        Corrected.start(masked, 2, DRAW).final()
 
 
 def test_factors_are_healed_one_by_one_and_a_plan_knows_the_bytes():

@@ -22,12 +22,7 @@ from compress.stats import LinearStats
 from compress.trainable import trainable
 from compress.weights import Dense, Masked, Quantized, TensorTrain, Weight, spec_of, structure
 from compress.weights.tensor_train import contraction
-
-
-def stats_of(x: torch.Tensor) -> LinearStats:
-    stats = LinearStats(x.shape[1], {"hessian", "sqnorm"})
-    stats.add(x)
-    return stats.finish()
+from tests.inputs import stats_of
 
 
 def chain(shape: tuple[int, int] = (24, 40), **options) -> TensorTrain:

@@ -7,14 +7,8 @@ from compress.checkpoint import Checkpoint
 from compress.prune.besa import Ranked, exact_masks, expected, tilted
 from compress.prune.wanda import Wanda
 from compress.skeleton import Skeleton
-from compress.stats import LinearStats
 from compress.weights import Dense, Masked
-
-
-def stats_of(x: torch.Tensor) -> LinearStats:
-    stats = LinearStats(x.shape[1], {"sqnorm"})
-    stats.add(x)
-    return stats.finish()
+from tests.inputs import stats_of
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])

@@ -6,12 +6,7 @@ import torch
 from compress.prune.magnitude import Magnitude
 from compress.prune.ria import RIA
 from compress.stats import LinearStats
-
-
-def stats_of(x: torch.Tensor) -> LinearStats:
-    stats = LinearStats(x.shape[1], {"sqnorm"})
-    stats.add(x)
-    return stats.finish()
+from tests.inputs import stats_of
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

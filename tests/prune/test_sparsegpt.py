@@ -13,12 +13,7 @@ from compress.quant.gptq import GPTQ
 from compress.quant.hessian import inverse_factor
 from compress.stats import LinearStats
 from compress.weights import Masked, Quantized, Weight
-
-
-def stats_of(x: torch.Tensor) -> LinearStats:
-    stats = LinearStats(x.shape[1], {"hessian", "sqnorm"})
-    stats.add(x)
-    return stats.finish()
+from tests.inputs import stats_of
 
 
 def correlated(n_inputs: int, n_tokens: int = 400, seed: int = 0) -> torch.Tensor:

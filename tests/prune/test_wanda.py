@@ -6,12 +6,7 @@ import torch
 from compress.prune.magnitude import Magnitude
 from compress.prune.wanda import Wanda
 from compress.stats import LinearStats
-
-
-def stats_of(x: torch.Tensor) -> LinearStats:
-    stats = LinearStats(x.shape[1], {"sqnorm"})
-    stats.add(x)
-    return stats.finish()
+from tests.inputs import stats_of
 
 
 def mask_of(weight: torch.Tensor, x: torch.Tensor, **settings) -> torch.Tensor:

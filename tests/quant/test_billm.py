@@ -14,29 +14,15 @@ from compress.quant.billm import BiLLM
 from compress.quant.binary import binarise, binarised, explained, middle, salient_columns
 from compress.stats import LinearStats
 from compress.weights import Binary, spec_of
+from tests.inputs import correlated, relative_error, stats_of
 
 
 def matrix(n_outputs: int = 24, n_inputs: int = 80) -> Tensor:
     return torch.randn(n_outputs, n_inputs, generator=torch.Generator().manual_seed(0)) + 0.2
 
 
-def stats_of(x: Tensor) -> LinearStats:
-    stats = LinearStats(x.shape[1], {"hessian"})
-    stats.add(x)
-    return stats.finish()
-
-
-def correlated(n_inputs: int = 80) -> Tensor:
-    draw = torch.Generator().manual_seed(1)
-    return torch.randn(400, n_inputs, generator=draw) @ torch.randn(n_inputs, n_inputs, generator=draw)
-
-
-def output_error(weight, original: Tensor, x: Tensor) -> float:
-    return float(((weight.dense().float() - original) @ x.T).square().sum() / (original @ x.T).square().sum())
-
-
 def some(centred: bool, block_size: int = 32) -> Binary:
-    return BiLLM(block_size=block_size, means=centred).linear(matrix(), stats_of(correlated()), None)  # type: ignore
+    return BiLLM(block_size=block_size, means=centred).linear(matrix(), stats_of(correlated(80)), None)  # type: ignore
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -106,7 +92,7 @@ def test_with_independent_inputs_blocks_know_nothing_of_each_other():
 
 def test_errors_are_carried_on_as_the_inverse_hessian_says():
     """What the second block is given is what makes up best for the first one's error."""
-    weight, x = matrix(), correlated().double()
+    weight, x = matrix(), correlated(80).double()
     made = BiLLM(block_size=40, damping=1e-6).linear(weight, stats_of(x.float()), None)
     error = (weight - made.dense()).double()[:, :40] @ x[:, :40].T  # missing from every token's output
     best = (weight.double()[:, 40:] + torch.linalg.lstsq(x[:, 40:], error.T).solution.T).float()
@@ -117,11 +103,11 @@ def test_errors_are_carried_on_as_the_inverse_hessian_says():
 
 
 def test_making_up_for_errors_helps_and_more_so_inside_blocks():
-    weight, x = matrix(), correlated()
+    weight, x = matrix(), correlated(80)
     plain = BiLLM(block_size=20).linear(weight, stats_of(torch.eye(80)), None)
     between, inside = (BiLLM(block_size=20, within=within).linear(weight, stats_of(x), None) for within in (False, True))
-    assert output_error(between, weight, x) < 0.85 * output_error(plain, weight, x)
-    assert output_error(inside, weight, x) < 0.85 * output_error(between, weight, x)
+    assert relative_error(between, weight, x) < 0.85 * relative_error(plain, weight, x)
+    assert relative_error(inside, weight, x) < 0.85 * relative_error(between, weight, x)
     assert between.nbytes == inside.nbytes
 
 
@@ -179,12 +165,12 @@ def test_scales_and_means_are_trained_and_signs_are_not():
 
 
 def test_a_bfloat16_matrix_keeps_its_dtype():
-    made = BiLLM(block_size=32, means=True).linear(matrix().bfloat16(), stats_of(correlated()), None)
+    made = BiLLM(block_size=32, means=True).linear(matrix().bfloat16(), stats_of(correlated(80)), None)
     assert made.dtype == torch.bfloat16 and all(value.dtype == torch.bfloat16 for value in made.parameters().values())
 
 
 def test_inputs_that_are_always_zero_and_no_tokens_do_no_harm():
-    x = correlated()
+    x = correlated(80)
     x[:, 3] = 0
     assert BiLLM().linear(matrix(), stats_of(x), None).dense().isfinite().all()
     assert BiLLM().linear(matrix(), LinearStats(80, {"hessian"}), None).dense().isfinite().all()
@@ -192,6 +178,6 @@ def test_inputs_that_are_always_zero_and_no_tokens_do_no_harm():
 
 def test_pruned_layers_are_refused():
     with pytest.raises(ValueError, match="zeros of a pruned layer"):
-        BiLLM().linear(matrix(), stats_of(correlated()), matrix() > 0)
+        BiLLM().linear(matrix(), stats_of(correlated(80)), matrix() > 0)
     with pytest.raises(ValueError, match="zeros of a pruned layer"):
         some(True).masked(matrix() > 0)

@@ -23,7 +23,7 @@ def begun(step: LLMQAT, weight):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_levels_are_those_of_the_rows_largest_magnitude(bits):
     values = torch.randn(6, 500)
-    weight = begun(LLMQAT(bits=bits), Dense(values)).rounded()
+    weight = begun(LLMQAT(bits=bits), Dense(values)).final()
     assert isinstance(weight, Quantized) and weight.scale.shape == (6, 1)
     torch.testing.assert_close(weight.scale[:, 0], values.abs().amax(1) / (2 ** (bits - 1) - 0.5))
     assert all(len(row.unique()) <= 2**bits for row in weight.dense())
@@ -45,7 +45,7 @@ def test_what_is_computed_with_is_what_will_be_stored():
 
 def test_factors_and_grids_are_trained_and_other_forms_stay():
     step = LLMQAT()
-    grid = begun(step, Dense(torch.randn(4, 32))).rounded()
+    grid = begun(step, Dense(torch.randn(4, 32))).final()
     assert isinstance(begun(step, grid), Latent)
     factors = begun(step, LowRank(Dense(torch.randn(4, 32)), Dense(torch.randn(16, 4))))
     assert isinstance(factors.down, Latent) and isinstance(step.settle(factors).up, Quantized)

@@ -10,6 +10,7 @@ from compress.quant.hessian import inverse_factor, make_plan
 from compress.quant.owq import OWQ
 from compress.stats import LinearStats
 from compress.weights import Columns, Dense, Masked, Quantized, Sum, Weight
+from tests.inputs import stats_of
 
 N_INPUTS = 64
 
@@ -19,12 +20,6 @@ def inputs(seed: int = 0) -> torch.Tensor:
     x = torch.randn(400, N_INPUTS, generator=generator) @ torch.randn(N_INPUTS, N_INPUTS, generator=generator)
     x[:, [7, 30]] *= 12  # a few inputs are far larger than the others, as in language models
     return x
-
-
-def stats_of(x: torch.Tensor) -> LinearStats:
-    stats = LinearStats(N_INPUTS, {"hessian"})
-    stats.add(x)
-    return stats.finish()
 
 
 def matrix() -> torch.Tensor:

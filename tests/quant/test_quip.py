@@ -17,6 +17,7 @@ from compress.stats import LinearStats
 from compress.stored_layers import spread
 from compress.weights import Dense, Incoherent, LowRank, Masked, Quantized, assert_structure_kept, spec_of, structure
 from compress.weights.incoherent import turn
+from tests.inputs import stats_of
 
 
 @pytest.fixture(autouse=True)
@@ -26,12 +27,6 @@ def seed():
 
 def inputs(n_inputs: int, n_tokens: int = 400) -> torch.Tensor:
     return torch.randn(n_tokens, n_inputs) @ torch.randn(n_inputs, n_inputs)
-
-
-def stats_of(x: torch.Tensor) -> LinearStats:
-    stats = LinearStats(x.shape[1], {"hessian"})
-    stats.add(x)
-    return stats.finish()
 
 
 def signs(n: int) -> torch.Tensor:

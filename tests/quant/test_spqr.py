@@ -18,6 +18,7 @@ from compress.quant.spqr import SpQR
 from compress.stats import LinearStats
 from compress.weights import Bilevel, Dense, Masked, Outliers, Quantized, Sum, Weight, assert_structure_kept, spec_of, structure
 from compress.weights.composed import unmasked
+from tests.inputs import stats_of
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +28,6 @@ def seed():
 
 def inputs(n_inputs: int, n_tokens: int = 400) -> torch.Tensor:
     return torch.randn(n_tokens, n_inputs) @ torch.randn(n_inputs, n_inputs)
-
-
-def stats_of(x: torch.Tensor) -> LinearStats:
-    stats = LinearStats(x.shape[1], {"hessian"})
-    stats.add(x)
-    return stats.finish()
 
 
 def parts_of(weight: Weight) -> tuple[Bilevel, Outliers]:

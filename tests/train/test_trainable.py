@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
 
 from compress.distill.logit_kd import LogitKD
 from compress.distill.lora import LoRA
@@ -15,17 +14,7 @@ from compress.quant.bitnet import BitNet
 from compress.quant.llm_qat import LLMQAT
 from compress.trainable import TrainableLinear, outline_trained, recomputed_blocks
 from compress.weights import Dense, Masked, bitmasked
-from tests.training import SHAPE, TOKENS, compressed, fit, low_rank, make, masked
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return make(LlamaConfig(**SHAPE, attention_bias=True))
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return TOKENS
+from tests.training import compressed, fit, low_rank, masked
 
 
 def test_what_is_taken_over_is_kept_without_copies_of_what_is_trained():

@@ -6,25 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, PreTrainedModel
 
 from compress.distill.logit_kd import LogitKD
 from compress.errors import BadInput
 from compress.train import train
 from compress.train_pass import TrainPass
-from tests.training import SHAPE, TOKENS, VOCABULARY, assert_same_tensors, compressed, fit, make, masked, silent, tensors_of
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return make(LlamaConfig(**SHAPE, attention_bias=True))
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return TOKENS
+from tests.training import VOCABULARY, assert_same_tensors, compressed, fit, masked, silent, tensors_of
 
 
 class Noted(TrainPass):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import GPT2Config
 
 from compress.distill.logit_kd import LogitKD
 from compress.errors import BadInput, CompressError
@@ -25,8 +25,6 @@ from compress.trainable import TrainableLinear
 from compress.weights import Dense, LowRank, assert_structure_kept, structure
 from tests.training import (
     GPT2_SHAPE,
-    SHAPE,
-    TOKENS,
     assert_same_tensors,
     compressed,
     fit,
@@ -40,16 +38,6 @@ from tests.training import (
     tensors_of,
     uneven,
 )
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return make(LlamaConfig(**SHAPE, attention_bias=True))
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return TOKENS
 
 
 @pytest.mark.parametrize("how", [masked, quantized, low_rank, lambda w: quantized(w).masked(masked(w).mask)],

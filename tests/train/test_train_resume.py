@@ -5,22 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
-from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
 
 from compress.trainable import TrainableLinear
 from compress.training_state import STATE_FILE
-from tests.training import SHAPE, TOKENS, assert_same_tensors, compressed, fit, low_rank, make, masked, tensors_of
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return make(LlamaConfig(**SHAPE, attention_bias=True))
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return TOKENS
+from tests.training import assert_same_tensors, compressed, fit, low_rank, masked, tensors_of
 
 
 @pytest.mark.parametrize("how", [masked, low_rank], ids=["masked", "low_rank"])

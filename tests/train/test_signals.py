@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import Cohere2Config, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig, PreTrainedModel
+from transformers import Cohere2Config, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, OPTConfig
 
 from compress.errors import BadInput
 from compress.signals import head_of
-from tests.training import GPT2_SHAPE, SHAPE, TOKENS, compressed, fit, make, masked
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return make(LlamaConfig(**SHAPE, attention_bias=True))
-
-
-@pytest.fixture(scope="module")
-def tokens() -> Tensor:
-    return TOKENS
+from tests.training import GPT2_SHAPE, SHAPE, compressed, fit, make, masked
 
 
 @pytest.mark.parametrize(
